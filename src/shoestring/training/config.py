@@ -2,9 +2,9 @@
 
 A run is one TOML file with a table per section below. Reading refuses what it does not know:
 an unknown key with the nearest known one, a wrong type, a value out of range, and settings that
-do not go together. `RunConfig.to_toml` writes the resolved settings back, so
-that `RunConfig.load` of what was written gives an equal config. The command line makes its dotted flags
-(`--optim.lr 1e-3`) out of the same classes.
+do not go together. `RunConfig.to_toml` writes the resolved settings back, so that
+`RunConfig.load` of what was written gives an equal config. The command line makes its dotted
+flags (`--optim.lr 1e-3`) out of the same classes.
 """
 
 import math

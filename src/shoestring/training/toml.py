@@ -20,7 +20,7 @@ _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true
 
 
 def read(path: Path, kind: type[T]) -> T:
-    """The TOML file at `path` as `kind`. ConfigError names the file, the key and what was wanted."""
+    """The TOML file at `path` as `kind`. ConfigError names file, key and what was wanted."""
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:

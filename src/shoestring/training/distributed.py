@@ -1,0 +1,89 @@
+"""Data-parallel training under torchrun: who am I, what is summed, how gradients are averaged.
+
+One process is the same code with a world of one: every function below is then the identity.
+Gloo carries CPU tensors, NCCL carries CUDA tensors. Gradients live in DDP's buckets
+(`gradient_as_bucket_view`), so that averaging needs no second copy of them.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among those that train together."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and reports progress."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum of small lists of numbers over all processes."""
+        if self.size == 1:
+            return values
+        # float64 carries token counts exactly; NCCL needs the tensor on the device.
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return list(map(float, total.tolist()))
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to call in training: averages gradients over the world in backward."""
+        if self.size == 1:
+            return model
+        index = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=index, gradient_as_bucket_view=True)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def world(device: str) -> Iterator[World]:
+    """Join the processes that torchrun started, or stand alone; leaves the group it joined."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = pick_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    joins = size > 1 and not dist.is_initialized()
+    if joins:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=10))
+    try:
+        yield World(rank=rank, size=size, device=chosen)
+    finally:
+        if joins:
+            dist.destroy_process_group()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> the device; ConfigError when it is not there."""
+    has_cuda = torch.cuda.is_available()
+    if name == "cpu" or (name == "auto" and not has_cuda):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if has_cuda else 0
+    index = int(name.partition(":")[2] or local_rank) if name != "auto" else local_rank
+    if index >= count:
+        raise ConfigError(
+            f"run.device = {name!r}: there is no CUDA device {index}",
+            expected=f"cpu, or one of {count} CUDA devices" if count else "cpu: no CUDA device",
+            hint="Start as many processes as there are devices." if local_rank else None,
+        )
+    return torch.device("cuda", index)

@@ -1,0 +1,100 @@
+"""What stops a run before it does damage: numbers that are not finite, bytes over the budget.
+
+The finite guard runs on every step, before the update, and reads one number from the device.
+The budget guard reads the allocator's own peak on CUDA, on every step; on CPU it tracks every
+tensor of the first two steps and of one step in `EVERY`, which costs a share of those steps
+only, and reads the process's resident bytes on every step.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..errors import OutOfBudget, TrainingDiverged
+from ..units import format_bytes
+
+EVERY = 100
+"""Steps between two steps whose tensors are tracked."""
+
+
+def check_finite(model: nn.Module, step: int, losses: Sequence[float], norm: float) -> None:
+    """TrainingDiverged naming the first bad tensor; called before the update.
+
+    losses: one for each microbatch; norm: the gradients' global L2 norm.
+    """
+    for index, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            where = f" in microbatch {index}" if len(losses) > 1 else ""
+            raise _diverged(step, f"the loss is {loss}{where}", _first_bad_weight(model))
+    if math.isfinite(norm):
+        return
+    # Backward walks from the loss down, so the last bad tensor in the model's order came first.
+    for name, parameter in reversed(list(model.named_parameters())):
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            raise _diverged(step, f"the gradient of {name} is not finite")
+    raise _diverged(step, f"the norm of all gradients is {norm}")
+
+
+def _first_bad_weight(model: nn.Module) -> str | None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return name
+    return None
+
+
+def _diverged(step: int, what: str, bad_weight: str | None = None) -> TrainingDiverged:
+    if bad_weight:
+        hint = f"{bad_weight} already held a number that is not finite: look where it came from."
+    else:
+        hint = "Nothing was updated. Lower optim.lr, lengthen the warm-up or clip gradients harder."
+    return TrainingDiverged(f"step {step}: {what}", expected="finite numbers", hint=hint)
+
+
+class BudgetGuard:
+    """Holds what a step was measured to take against what it may take.
+
+    limit_bytes: the budget, None for none.  promised_bytes: the plan's peak, None without a plan.
+    slack: RSS may exceed the tensors of the budget by this share, because the allocator keeps
+    freed memory; base_bytes is what the process held besides tensors before the first step.
+    """
+
+    def __init__(
+        self, *, limit_bytes: int | None, promised_bytes: int | None, base_bytes: int, slack: float
+    ) -> None:
+        self.limit_bytes = limit_bytes
+        self.promised_bytes = promised_bytes
+        self.base_bytes = base_bytes
+        self.slack = slack
+        self.peak_bytes = 0
+        self.rss_peak_bytes = 0
+
+    def tracks(self, step: int) -> bool:
+        """Whether the tensors of this step (0-based) are to be tracked."""
+        return step < 2 or step % EVERY == 0
+
+    def check_tensors(self, where: str, peak_bytes: int) -> None:
+        """OutOfBudget when live tensors reached more than the budget."""
+        self.peak_bytes = max(self.peak_bytes, peak_bytes)
+        if self.limit_bytes is not None and peak_bytes > self.limit_bytes:
+            raise self._over(where, "live tensors", peak_bytes, self.limit_bytes)
+
+    def check_process(self, where: str, rss_bytes: int) -> None:
+        """OutOfBudget when the process grew by more than the budget and the allocator's slack."""
+        grown = rss_bytes - self.base_bytes
+        self.rss_peak_bytes = max(self.rss_peak_bytes, grown)
+        if self.limit_bytes is not None and grown > self.limit_bytes * (1 + self.slack):
+            raise self._over(where, "resident memory of the process", grown, self.limit_bytes)
+
+    def _over(self, where: str, what: str, measured: int, limit: int) -> OutOfBudget:
+        promise = "no plan promised a peak"
+        if self.promised_bytes is not None:
+            promise = f"the plan promised {format_bytes(self.promised_bytes)}"
+        return OutOfBudget(
+            f"{where}: {what} peaked at {format_bytes(measured)}; {promise}",
+            expected=f"at most the budget of {format_bytes(limit)}",
+            hint=f"Set run.budget to {math.ceil(measured / 2**20)}MiB or more, or a smaller batch.",
+            smallest_bytes=measured,
+            instant=where,
+        )
