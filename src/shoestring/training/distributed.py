@@ -23,9 +23,9 @@ from ..errors import ConfigError
 class World:
     """This process among those that train together."""
 
-    rank: int = 0
-    size: int = 1
-    device: torch.device = torch.device("cpu")
+    rank: int
+    size: int
+    device: torch.device
 
     @property
     def is_first(self) -> bool:

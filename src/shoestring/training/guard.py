@@ -71,8 +71,8 @@ class BudgetGuard:
         self.rss_peak_bytes = 0
 
     def tracks(self, step: int) -> bool:
-        """Whether the tensors of this step (0-based) are to be tracked."""
-        return step < 2 or step % EVERY == 0
+        """Whether the tensors of this step (counted from 1) are to be tracked."""
+        return step <= 2 or step % EVERY == 0
 
     def check_tensors(self, where: str, peak_bytes: int) -> None:
         """OutOfBudget when live tensors reached more than the budget."""

@@ -40,7 +40,10 @@ def optimizer_factory(config: OptimConfig, device: torch.device) -> OptimizerFac
 
 def has_fused_adamw(device: torch.device) -> bool:
     """Whether torch has a fused AdamW kernel for this kind of device."""
-    return device.type in ("cpu", "cuda") and "fused" in inspect.signature(torch.optim.AdamW).parameters
+    return (
+        device.type in ("cpu", "cuda")
+        and "fused" in inspect.signature(torch.optim.AdamW).parameters
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

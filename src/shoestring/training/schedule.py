@@ -11,17 +11,16 @@ from .config import ScheduleConfig
 
 
 def learning_rate(config: ScheduleConfig, step: int, *, peak: float, steps: int) -> float:
-    """Learning rate of update `step` (0-based) of `steps`, with `peak` at the top."""
+    """Learning rate of update `step` (1 to `steps`), with `peak` at the top."""
     warmup = round(config.warmup_share * steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
+    if step <= warmup:
+        return peak * step / warmup
     if config.kind == "constant":
         return peak
-    start = warmup if config.kind == "cosine" else steps - round(config.decay_share * steps)
-    if step < start:
+    stable = warmup if config.kind == "cosine" else steps - round(config.decay_share * steps)
+    if step <= stable:
         return peak
-    # The decay begins right after the last step at the peak and ends on the last step.
-    done = min(1.0, (step - start + 1) / (steps - start))
+    done = min(1.0, (step - stable) / (steps - stable))
     if config.kind == "cosine":
         done = (1 - math.cos(math.pi * done)) / 2
     return peak * (1 - (1 - config.final_share) * done)
