@@ -1,0 +1,203 @@
+"""Bytes of a training step before anything is allocated.
+
+A fake twin of the model runs whole training steps under FakeTensorMode, counted by the same
+Tracker that counts real ones, so that prediction and measurement speak of the same storages.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from ..errors import ConfigError
+from ..meter import Tracker
+
+Batch = Mapping[str, Any]
+Loss = Callable[[nn.Module, Batch], Tensor]
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What a training step will hold, in the words of `Meter`.
+
+    peak_bytes: most bytes of live tensors at once.  by_category: that peak, by
+    meter.CATEGORIES.  instant: the phase it falls in ("forward", "loss", "loss backward",
+    "backward", "after backward", "optimizer step").  operator: what allocated last before it.
+    retained_bytes: held for the backward at the end of the forward.  baseline_bytes: what
+    exists before the first step (weights, batch).  timeline: (phase, bytes) after each
+    operator that allocates, over all steps.  random_draws: operators that drew random numbers.
+    """
+
+    peak_bytes: int
+    by_category: dict[str, int]
+    instant: str
+    operator: str
+    retained_bytes: int
+    baseline_bytes: int
+    timeline: list[tuple[str, int]]
+    random_draws: int
+
+
+def simulate(
+    model_or_config: Any,
+    batch: Batch,
+    *,
+    apply: Callable[[nn.Module], object] | None = None,
+    optimizer: OptimizerFactory | None = None,
+    loss: Loss | None = None,
+    steps: int = 2,
+    autocast: torch.dtype | None = None,
+    accumulate: int = 1,
+    grad_clip: float | None = None,
+) -> Profile:
+    """Run whole training steps on a fake twin and tell what they would hold.
+
+    model_or_config: a model (left untouched), a Hugging Face config object, the path of a
+    config.json or of a directory with one, or a callable that builds a model.
+    batch: tensors by name for `model(**batch)`, whose output has `.loss`; or give `loss`.
+    apply: called with the fake model before the steps, to put methods in place.
+    optimizer: trainable parameters -> Optimizer; fused AdamW when left out.
+    steps: optimizer steps; the optimizer's state appears in the first, so two show the peak.
+    accumulate: forward and backward passes in each step.  autocast: dtype of the forward.
+    """
+    mode = FakeTensorMode()
+    twin = fake_model(model_or_config, mode)
+    fake = fake_batch(batch, mode)
+    with mode:
+        if apply is not None:
+            apply(twin)
+        twin.train()
+        parameters = [each for each in twin.parameters() if each.requires_grad]
+        chosen = (optimizer or _fused_adamw)(parameters)
+        tracker = Tracker()
+        tracker.seed(twin, chosen)
+        tracker.assign("other", _tensors(fake))
+        with tracker:
+            for _ in range(steps):
+                for _ in range(accumulate):
+                    with _autocast(twin, autocast):
+                        value = (loss or _own_loss)(twin, fake)
+                    (value / accumulate if accumulate > 1 else value).backward()
+                    del value
+                if grad_clip is not None:
+                    nn.utils.clip_grad_norm_(parameters, grad_clip)
+                chosen.step()
+                chosen.zero_grad(set_to_none=True)
+    return _profile(tracker)
+
+
+def fake_model(model_or_config: Any, mode: FakeTensorMode) -> nn.Module:
+    """A twin whose tensors are fake: of a model, or built from a config or a callable."""
+    if isinstance(model_or_config, nn.Module):
+        return _fake_copy(model_or_config, mode)
+    if isinstance(model_or_config, str | Path):
+        model_or_config = _read_config(Path(model_or_config))
+    with mode:
+        if hasattr(model_or_config, "model_type"):
+            return _build(model_or_config)
+        if callable(model_or_config):
+            built = model_or_config()
+            if isinstance(built, nn.Module):
+                return built
+    raise ConfigError(
+        f"cannot make a model of {type(model_or_config).__name__}",
+        expected="a torch.nn.Module, a Hugging Face config, a path to one, or a callable",
+    )
+
+
+def fake_batch(batch: Batch, mode: FakeTensorMode) -> dict[str, Any]:
+    """The batch with every tensor replaced by a fake one of the same shape and dtype."""
+    return dict(tree_map_only(Tensor, mode.from_tensor, dict(batch)))
+
+
+def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    # deepcopy of a real model fails under the mode, so the memo holds the fakes beforehand;
+    # ties survive because the memo is keyed by the tensor.
+    memo: dict[int, Any] = {}
+    for tensor in _model_tensors(model):
+        memo[id(tensor)] = mode.from_tensor(tensor)
+    with mode:
+        twin = copy.deepcopy(model, memo)
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return twin
+
+
+def _model_tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                yield value
+
+
+def _read_config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    if not path.exists():
+        raise ConfigError(f"no config at {path}", expected="a config.json or its directory")
+    return AutoConfig.from_pretrained(path)
+
+
+def _build(config: Any) -> nn.Module:
+    """The model class a config names, or the causal language model of its type."""
+    import transformers
+
+    dtype = getattr(config, "dtype", None) or torch.float32
+    named = (getattr(config, "architectures", None) or [None])[0]
+    kind = getattr(transformers, named, None) if named else None
+    before = torch.get_default_dtype()
+    # A fake model cannot be cast after it was made, so it is made in its dtype.
+    torch.set_default_dtype(dtype)
+    try:
+        if kind is not None:
+            return kind(config)
+        return transformers.AutoModelForCausalLM.from_config(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _fused_adamw(parameters: list[nn.Parameter]) -> Optimizer:
+    return torch.optim.AdamW(parameters, fused=True)
+
+
+def _own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    value: Tensor = model(**batch).loss
+    return value
+
+
+def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, dtype)
+
+
+def _tensors(batch: Mapping[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    tree_map_only(Tensor, found.append, dict(batch))
+    return found
+
+
+def _profile(tracker: Tracker) -> Profile:
+    ledger = tracker.ledger
+    return Profile(
+        peak_bytes=ledger.peak,
+        by_category=dict(ledger.peak_by_category),
+        instant=ledger.peak_phase,
+        operator=ledger.peak_operator,
+        retained_bytes=ledger.retained,
+        baseline_bytes=ledger.existing,
+        timeline=ledger.timeline,
+        random_draws=tracker.random_draws,
+    )
