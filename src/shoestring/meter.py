@@ -59,6 +59,7 @@ class Charge(weakref.ref):
 class Ledger:
     """Bytes of one device type, now and at their peak."""
 
+    device: str = "cpu"
     live: int = 0
     existing: int = 0
     by_category: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0))
@@ -192,6 +193,8 @@ class Tracker(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)  # what a fake tensor's attributes ask for
         name = func.overloadpacket.__name__
         self._find_phase(name)
         fresh = name == "lift_fresh"
@@ -202,19 +205,14 @@ class Tracker(TorchDispatchMode):
         out = func(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.random_draws += 1
-        charged = False
+        before = len(self._charges)
         for tensor in _tensors_in((out,)):
-            charged |= self._charge_output(tensor)
-        if charged:
+            self._charge(tensor, inside=True, category="transient")
+        if len(self._charges) != before:
             self._settle(name)
         return out
 
     # ---- charging --------------------------------------------------------------------------
-
-    def _charge_output(self, tensor: Tensor) -> bool:
-        before = len(self._charges)
-        charge = self._charge(tensor, inside=True, category="transient")
-        return charge is not None and len(self._charges) != before
 
     def _charge(self, tensor: Tensor, *, inside: bool, category: str = "") -> Charge | None:
         """Charge the tensor's storage unless that is done; None for one without a storage."""
@@ -232,7 +230,7 @@ class Tracker(TorchDispatchMode):
         charge = Charge(storage, self._refund)
         charge.key, charge.nbytes = key, _rounded(storage.nbytes(), device)
         charge.inside = inside
-        ledger = charge.ledger = self.ledgers.setdefault(device, Ledger())
+        ledger = charge.ledger = self.ledgers.setdefault(device, Ledger(device))
         if not category:
             category = self._category_of(tensor)
         charge.category, charge.born = category, ledger.serial
