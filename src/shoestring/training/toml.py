@@ -45,9 +45,11 @@ def from_table(table: dict[str, object], kind: type[T], prefix: str = "") -> T:
         name = prefix + key
         if key not in hints:
             known = [prefix + other for other in hints]
+            # by the key alone, or the shared prefix would make everything look near
+            hint = closest(name, known) if closest(key, hints) else None
             raise ConfigError(
                 f"unknown setting {name}",
-                expected=None if (hint := closest(name, known)) else f"one of {', '.join(known)}",
+                expected=None if hint else f"one of {', '.join(known)}",
                 hint=hint,
             )
         values[key] = _convert(value, hints[key], name)
@@ -106,8 +108,8 @@ def _format(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON's escapes are TOML's, except that TOML also wants DEL escaped
-        return json.dumps(value).replace("\x7f", "\\u007f")
+        # JSON escapes as TOML does, but for DEL, and for pairs of surrogates in its ASCII form
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return "[" + ", ".join(_format(item) for item in value) + "]"
     return repr(value)  # int, and float as the shortest text that reads back to the same bits

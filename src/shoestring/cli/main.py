@@ -1,0 +1,120 @@
+"""`shoestring VERB ...`: finds the verb, reports errors, and sets the exit code.
+
+Torch takes seconds to import, so nothing here and nothing at the top of a verb's file may reach
+it: help and mistakes in the arguments are answered at once. A verb's file holds `Arguments`, a
+dataclass that tyro turns into flags, and `run(arguments, terminal) -> exit code`.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from ..errors import ConfigError, ShoestringError, closest
+from .arguments import parse
+from .terminal import Terminal
+
+VERBS = {
+    "plan": "what fits into a byte budget and what it costs, before anything is allocated",
+    "train": "train inside the budget, from a TOML file",
+    "generate": "continue a text with a trained model",
+    "doctor": "versions, devices, free memory, and a short self test",
+    "demo": "a deep language model trained on real text in a few hundred MiB",
+}
+EXIT_CODES = {
+    0: "done",
+    1: "failed",
+    2: "bad usage, settings or data",
+    3: "does not fit into the budget",
+    130: "interrupted",
+}
+_RESTARTED = "SHOESTRING_RESTARTED"
+
+
+def usage() -> str:
+    """The page that `shoestring --help` prints."""
+    verbs = "\n".join(f"  {name:9} {text}" for name, text in VERBS.items())
+    codes = "\n".join(f"  {code:<9} {text}" for code, text in EXIT_CODES.items())
+    return (
+        "usage: shoestring VERB ...\n\nTrain in the memory you have.\n\n"
+        f"verbs (shoestring VERB --help says more):\n{verbs}\n\n"
+        "every verb takes:\n"
+        "  --json    JSON on stdout, one object or one a line; text for people on stderr\n"
+        "  --debug   the traceback behind an error\n\n"
+        f"exit codes:\n{codes}"
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command and returns its exit code; errors become messages here."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(_version())
+        return 0
+    terminal = Terminal(json="--json" in argv)
+    try:
+        return _run_verb(argv[0], list(argv[1:]), terminal)
+    except KeyboardInterrupt:
+        terminal.error(KeyboardInterrupt("interrupted"), code=130)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ShoestringError as error:
+        return _report(error, error.exit_code, terminal, debug="--debug" in argv)
+    except Exception as error:
+        return _report(error, 1, terminal, debug="--debug" in argv)
+
+
+def _run_verb(verb: str, rest: list[str], terminal: Terminal) -> int:
+    if verb not in VERBS:
+        raise ConfigError(
+            f"{verb!r} is not a verb",
+            expected=f"one of {', '.join(VERBS)}",
+            hint=closest(verb, VERBS),
+        )
+    module = importlib.import_module(f".{verb}", __package__)
+    defaults = module.defaults(rest) if hasattr(module, "defaults") else None
+    arguments = parse(module.Arguments, verb, rest, defaults)
+    return int(module.run(arguments, terminal))
+
+
+def _report(error: Exception, code: int, terminal: Terminal, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    terminal.error(error, code=code)
+    return code
+
+
+def _version() -> str:
+    try:
+        return version("shoestring")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "not installed"
+
+
+def _restart_with_tuned_allocator(argv: Sequence[str]) -> None:
+    """Starts this command again with the allocator's settings in its environment.
+
+    glibc reads them when a process starts, so they cannot be set from inside. Once only: the
+    variable `SHOESTRING_RESTARTED` says that it was done. Where the settings do not apply (other
+    systems, other allocators) nothing happens, and `doctor` says so.
+    """
+    from ..allocator import is_tuned, tuned_environment
+
+    if not argv or argv[0] not in VERBS or {"-h", "--help"} & set(argv):
+        return
+    if os.environ.get(_RESTARTED) or is_tuned() or not (settings := tuned_environment()):
+        return
+    command = [sys.executable, *sys.orig_argv[1:]]
+    os.execve(command[0], command, {**os.environ, **settings, _RESTARTED: "1"})
+
+
+def entry() -> None:
+    """The console command."""
+    _restart_with_tuned_allocator(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
