@@ -7,41 +7,67 @@ import torch
 from torch import nn
 
 from shoestring.errors import OutOfBudget, TrainingDiverged
-from shoestring.training.guard import BudgetGuard, check_finite
+from shoestring.training.guard import BudgetGuard, FiniteGuard
 
 MIB = 2**20
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    model(torch.randn(2, 4)).sum().backward()
-    return model
+class Backwards(nn.Module):
+    """Layers registered in another order than they run in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.last, self.middle, self.first = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.middle(self.first(x)))
+
+
+def network() -> tuple[nn.Module, FiniteGuard]:
+    model = Backwards()
+    finite = FiniteGuard(model)
+    model(torch.ones(2, 4)).sum().backward()
+    return model, finite
 
 
 def test_finite_numbers_pass():
-    check_finite(network(), 1, [2.0], 1.0)
+    network()[1].check(1, [2.0], 1.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_loss_is_named_with_its_microbatch(bad):
     with pytest.raises(TrainingDiverged, match=rf"step 7: the loss is {bad} in microbatch 1"):
-        check_finite(network(), 7, [2.0, bad], 1.0)
+        network()[1].check(7, [2.0, bad], 1.0)
 
 
 def test_a_bad_weight_behind_a_bad_loss_is_named():
-    model = network()
-    model[1].bias.data[2] = math.nan
-    with pytest.raises(TrainingDiverged, match=r"1\.bias already held"):
-        check_finite(model, 7, [math.nan], 1.0)
+    model, finite = network()
+    model.middle.bias.data[2] = math.nan
+    with pytest.raises(TrainingDiverged, match=r"middle\.bias already held"):
+        finite.check(7, [math.nan], 1.0)
 
 
-def test_the_first_bad_gradient_on_the_way_back_is_named():
-    model = network()
-    model[0].weight.grad.fill_(math.nan)
-    model[1].weight.grad[0, 0] = math.inf
-    with pytest.raises(TrainingDiverged, match=r"step 3: the gradient of 1\.weight is not finite"):
-        check_finite(model, 3, [2.0], math.nan)
+@pytest.mark.parametrize("first_bad", ["first", "middle", "last"])
+def test_the_first_bad_gradient_on_the_way_back_is_named(first_bad):
+    model, finite = network()
+    finite.check(1, [2.0], 1.0)
+    order = ["last", "middle", "first"]
+    for name in order[order.index(first_bad) :]:
+        getattr(model, name).weight.grad[1, 1] = math.inf
+    with pytest.raises(TrainingDiverged, match=rf"the gradient of {first_bad}\.weight"):
+        finite.check(3, [2.0], math.nan)
+
+
+def test_finite_gradients_whose_norm_is_not_finite_are_told_apart():
+    with pytest.raises(TrainingDiverged, match="step 3: the norm of all gradients is inf"):
+        network()[1].check(3, [2.0], math.inf)
+
+
+def test_the_hooks_are_gone_after_the_first_step():
+    model, finite = network()
+    finite.check(1, [2.0], 1.0)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 def guard(**settings: object) -> BudgetGuard:

@@ -19,25 +19,46 @@ EVERY = 100
 """Steps between two steps whose tensors are tracked."""
 
 
-def check_finite(model: nn.Module, step: int, losses: Sequence[float], norm: float) -> None:
-    """TrainingDiverged naming the first bad tensor; called before the update.
+class FiniteGuard:
+    """Stops a step before its update when a loss or a gradient is not finite.
 
-    losses: one for each microbatch; norm: the gradients' global L2 norm.
+    Every gradient behind a bad one is bad too, so the one to name is the first that backward
+    made; the order is written down during the first backward, by hooks that are then removed.
     """
-    for index, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            where = f" in microbatch {index}" if len(losses) > 1 else ""
-            raise _diverged(step, f"the loss is {loss}{where}", _first_bad_weight(model))
-    if math.isfinite(norm):
-        return
-    # Backward walks from the loss down, so the last bad tensor in the model's order came first.
-    for name, parameter in reversed(list(model.named_parameters())):
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            raise _diverged(step, f"the gradient of {name} is not finite")
-    raise _diverged(step, f"the norm of all gradients is {norm}")
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._arrived: dict[str, None] = {}  # a dict keeps the order of arrival
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(
+                lambda _, name=name: self._arrived.setdefault(name)
+            )
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ]
+
+    def check(self, step: int, losses: Sequence[float], norm: float) -> None:
+        """TrainingDiverged naming the first bad tensor.
+
+        losses: one for each microbatch; norm: the gradients' global L2 norm.
+        """
+        while self._handles:
+            self._handles.pop().remove()
+        for index, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                where = f" in microbatch {index}" if len(losses) > 1 else ""
+                raise _diverged(step, f"the loss is {loss}{where}", _bad_weight(self._model))
+        if math.isfinite(norm):
+            return
+        gradients = {name: p.grad for name, p in self._model.named_parameters()}
+        for name in (*self._arrived, *gradients):
+            gradient = gradients[name]
+            if gradient is not None and not torch.isfinite(gradient).all():
+                raise _diverged(step, f"the gradient of {name} is not finite")
+        raise _diverged(step, f"the norm of all gradients is {norm}")
 
 
-def _first_bad_weight(model: nn.Module) -> str | None:
+def _bad_weight(model: nn.Module) -> str | None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             return name

@@ -1,0 +1,72 @@
+"""The trained model as a Hugging Face directory: weights, tokenizer, model card, checksums.
+
+Written whole or not at all (`checkpoint.atomic_directory`). Weights are safetensors, never
+pickled; whoever has transformers can load a model of an ordinary architecture from it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint import atomic_directory
+from ..errors import StackError
+from ..units import format_bytes
+
+
+def save_model(model: nn.Module, tokenizer: Any, directory: Path, *, card: str) -> None:
+    """Write `directory`, replacing what is there in one step. CheckpointError when it cannot be.
+
+    model: has `save_pretrained`; tokenizer: likewise, or None; card: text of the README.md.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise StackError(
+            f"{type(model).__name__} cannot be saved as a Hugging Face directory",
+            expected="a transformers.PreTrainedModel, which has save_pretrained",
+        )
+    with atomic_directory(directory) as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def model_card(receipt: Mapping[str, Any]) -> str:
+    """The README.md of a model, out of its run's receipt."""
+    memory, quality = receipt["memory"], receipt["quality"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [shoestring]",
+        "---",
+        f"# {receipt['model']['name']}",
+        "",
+        f"Trained by Shoestring {receipt['versions']['shoestring']} on {receipt['data']['source']}"
+        f" for {receipt['steps']} updates ({receipt['status']}), seed {receipt['seed']}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| parameters | {receipt['model']['parameters']:,} |",
+        f"| stream rule | {receipt['model']['rule']} |",
+        f"| budget | {_bytes(memory['budget_bytes'])} |",
+        f"| peak promised | {_bytes(memory['promised_bytes'])} |",
+        f"| peak measured | {_bytes(memory['measured_bytes'])} |",
+        f"| held-out loss before | {_loss(quality['before'])} |",
+        f"| held-out loss after | {_loss(quality['after'])} |",
+        "",
+        "Load it with `shoestring.load(directory)`. `manifest.json` holds a checksum of every"
+        " file.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _bytes(count: int | None) -> str:
+    return "none" if count is None else format_bytes(count)
+
+
+def _loss(measured: Mapping[str, float] | None) -> str:
+    if measured is None:
+        return "not measured"
+    return f"{measured['nats_per_token']:.4f} nats/token, {measured['bits_per_byte']:.4f} bits/byte"

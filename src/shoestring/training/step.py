@@ -1,0 +1,95 @@
+"""One update: microbatches in, one step of the optimizer out.
+
+Each microbatch's mean loss is weighted by its share of the step's target tokens, over all
+processes, so that the summed gradients are those of one big batch: the order of sums is the
+only difference. Nothing is updated until every number has been found finite.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError
+from .distributed import World
+from .guard import FiniteGuard
+from .optimizer import clip_, gradient_norm
+
+IGNORED = -100
+Batch = Mapping[str, Tensor]
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """loss: nats a target token, over all processes; norm: of the gradients, before clipping;
+    tokens: target tokens, over all processes."""
+
+    loss: float
+    norm: float
+    tokens: int
+
+
+def update(
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    microbatches: Sequence[Batch],
+    *,
+    loss: LossFunction,
+    guard: FiniteGuard,
+    world: World,
+    clip: float,
+) -> Updated:
+    """Accumulate, check, clip, update. TrainingDiverged before anything is changed.
+
+    microbatches: dicts of (B, T) tensors on any device; model: as `World.wrap` gave it.
+    """
+    counts = [num_targets(batch) for batch in microbatches]
+    total = int(world.sum([sum(counts)])[0])
+    if not total:
+        raise DataError(f"step {step}: no token of its rows is to be learned")
+    losses = []
+    for index, (batch, count) in enumerate(zip(microbatches, counts, strict=True)):
+        averages = index == len(microbatches) - 1
+        with contextlib.nullcontext() if averages else _accumulating(model):
+            mean = loss(model, on_device(batch if count else _with_a_target(batch), world.device))
+            # DDP divides by the number of processes; the count is already of all of them.
+            (mean * (count * world.size / total)).backward()
+        losses.append(mean.detach())
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    *means, norm = torch.stack([*losses, gradient_norm(parameters).to(losses[0].device)]).tolist()
+    guard.check(step, means, norm)
+    clip_(parameters, norm, clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    nats = sum(mean * count for mean, count in zip(means, counts, strict=True))
+    return Updated(world.sum([nats])[0] / total, norm, total)
+
+
+def num_targets(batch: Batch) -> int:
+    """Tokens a batch is scored on: labels are shifted by the model, so the first are not."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The batch on the device; a copy to CUDA does not hold up the host."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch.items()}
+
+
+def _accumulating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """DDP averages gradients in the last backward of a step only."""
+    no_sync = getattr(model, "no_sync", None)
+    return no_sync() if no_sync is not None else contextlib.nullcontext()
+
+
+def _with_a_target(batch: Batch) -> dict[str, Tensor]:
+    # The mean over no tokens is NaN; over one token, weighted by 0, it is a gradient of zeros,
+    # and every process of a group still takes part in the backward.
+    labels = batch["labels"].clone()
+    labels[0, -1] = batch["input_ids"][0, -1]
+    return {**batch, "labels": labels}
