@@ -1,0 +1,50 @@
+"""The table of methods. A new method is one file and one line here."""
+
+from collections.abc import Iterable
+
+from ..errors import ConfigError, StackError, closest
+from ..stack import Span, Stack
+from .base import Method, Promises, Undo
+from .keep import Keep
+from .recompute import Recompute
+from .reversible import Reversible
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Keep(),
+        Recompute(),
+        Reversible(),
+    )
+}
+
+
+def method(name: str) -> Method:
+    """The method of that name. ConfigError names the nearest one."""
+    if name not in METHODS:
+        raise ConfigError(
+            f"{name!r} is not a method",
+            expected=f"one of {sorted(METHODS)}",
+            hint=closest(name, METHODS),
+        )
+    return METHODS[name]
+
+
+def apply_spans(stack: Stack, spans: Iterable[Span]) -> None:
+    """Run each span of the stack by its method, in place; `stack.restore()` undoes it.
+
+    StackError when a method cannot run this stack, before anything is changed.
+    """
+    executors = []
+    for span in spans:
+        how = method(span.method)
+        if reason := how.fits(stack):
+            raise StackError(f"method {span.method!r} cannot run {stack!r}: {reason}")
+        config = how.configure(span.config)
+        executors.append(
+            (span.start, span.stop, how.executor(stack, span.start, span.stop, config))
+        )
+    stack.apply(executors)
+
+
+__all__ = ["METHODS", "Method", "Promises", "Undo", "apply_spans", "method"]

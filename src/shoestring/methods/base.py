@@ -1,0 +1,80 @@
+"""What every method declares, and the two shapes a method can have.
+
+A *span method* says how a run of neighbouring blocks is executed (an `Executor`). A *loss* or
+*module method* patches one place of a model and returns how to undo it. What a method promises
+is data: `tests/contract` turns every promise into a test.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from ..errors import ConfigError, closest
+from ..stack import Executor, Stack
+
+Undo = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Promises:
+    """What a method promises, relative to the network as given."""
+
+    fidelity: Literal["exact", "unbiased", "structural"]
+    """exact: same function, same gradient; unbiased: same gradient in expectation;
+    structural: another function is trained."""
+    grade: Literal["bitwise", "reassociated"] | None = None
+    """For exact methods: equal bit for bit, or equal up to the order of sums."""
+    bound_eps: float | None = None
+    """For reassociated methods: gradient error, relative (L2), in multiples of the dtype's
+    epsilon."""
+    applies_to: Literal["span", "loss", "module"]
+    rebuilds: Literal["nothing", "input", "streams"] = "nothing"
+    """What a span method needs to run a block again in backward: nothing (all is kept), the
+    block's input (held, or rebuilt from a lower one), or the streams above it."""
+    saved_grows_with: frozenset[str] = frozenset({"depth", "batch", "length"})
+    """What the bytes saved for backward grow with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoConfig:
+    """For methods without settings."""
+
+
+class Method:
+    """One way to spend less memory. Subclasses fill in the class attributes."""
+
+    name: ClassVar[str]
+    promises: ClassVar[Promises]
+    Config: ClassVar[type] = NoConfig
+
+    def configure(self, settings: Mapping[str, Any] | None = None) -> Any:
+        """Settings (JSON-able) -> `Config`. ConfigError names an unknown one and the nearest."""
+        settings = dict(settings or {})
+        known = [f.name for f in fields(self.Config)]
+        for key in settings:
+            if key not in known:
+                raise ConfigError(
+                    f"method {self.name!r} has no setting {key!r}",
+                    expected=f"one of {known}" if known else "no settings",
+                    hint=closest(key, known),
+                )
+        return self.Config(**settings)
+
+    def fits(self, stack: Stack) -> str | None:
+        """None when the method can run this stack, else the reason why not."""
+        return None
+
+    def executor(self, stack: Stack, start: int, stop: int, config: Any) -> Executor:
+        """Span methods: how the blocks start..stop-1 are run."""
+        raise ConfigError(
+            f"method {self.name!r} does not run spans of blocks",
+            expected=f"a span method; it applies to the {self.promises.applies_to}",
+        )
+
+    def apply(self, model: nn.Module, config: Any) -> Undo:
+        """Loss and module methods: patch the model in place, return how to undo it."""
+        raise ConfigError(
+            f"method {self.name!r} runs spans of blocks", hint="Use Stack.apply with a Span."
+        )

@@ -1,0 +1,1 @@
+"""Small plain models made of blocks, for training from scratch."""

@@ -1,0 +1,194 @@
+"""Running a piece of a network again in backward, exactly as it ran in forward.
+
+The engine under every method that trades compute for memory. Each piece is one non-reentrant
+`torch.utils.checkpoint` region that is given no tensor: it *asks* for its input when it is run
+again (`Replay`), so the input may be held, rebuilt from a lower one, or reconstructed from the
+streams above. Random state, autocast, hooks, DDP, FSDP2, frozen and unused parameters come from
+autograd's own graph and need no special code.
+
+What is kept besides the input: the random state before the piece, and only when the piece drew
+random numbers (5,056 bytes on a CPU); nothing else.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from . import meter
+from .errors import StackError
+
+
+class RandomState:
+    """The random state of the CPU and of the device of a tensor, taken before a piece runs."""
+
+    __slots__ = ("cpu", "device", "device_state", "draws")
+
+    def __init__(self, device: torch.device) -> None:
+        tracker = meter.active_tracker()
+        self.draws = tracker.random_draws if tracker is not None else 0
+        self.cpu = torch.get_rng_state().clone()
+        self.device = device if device.type in ("cuda", "xpu") else None
+        self.device_state: Tensor | None = None
+        if self.device is not None:
+            self.device_state = _module(self.device).get_rng_state(self.device)
+
+    def was_used(self) -> bool:
+        """Whether random numbers were drawn since."""
+        tracker = meter.active_tracker()
+        if tracker is not None and tracker.random_draws != self.draws:
+            return True  # fake tensors draw without advancing the generator
+        if not torch.equal(self.cpu, torch.get_rng_state()):
+            return True
+        if self.device is None:
+            return False
+        assert self.device_state is not None
+        return not torch.equal(self.device_state, _module(self.device).get_rng_state(self.device))
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Draw the same numbers again; the state outside is left as it was."""
+        now = torch.get_rng_state()
+        torch.set_rng_state(self.cpu)
+        now_device = None
+        if self.device is not None:
+            now_device = _module(self.device).get_rng_state(self.device)
+            _module(self.device).set_rng_state(self.device_state, self.device)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(now)
+            if self.device is not None:
+                _module(self.device).set_rng_state(now_device, self.device)
+
+
+def _module(device: torch.device) -> Any:
+    return getattr(torch, device.type)
+
+
+class Evaluation:
+    """One evaluation of `fn(x)` in forward that can be repeated exactly.
+
+    Normalisation statistics move once: a repeat computes with the batch's own statistics and
+    leaves the running ones alone. A piece that changes any other buffer of its own in forward
+    cannot be repeated; that is a StackError at the first forward, never a wrong gradient.
+    """
+
+    __slots__ = ("_buffers", "_norms", "_random", "fn")
+
+    def __init__(self, fn: Callable[[Tensor], Any], module: nn.Module | None) -> None:
+        self.fn = fn
+        self._random: RandomState | None = None
+        self._norms: list[_NormBase] = []
+        self._buffers: list[tuple[str, Tensor]] = []
+        if module is not None and (any(True for _ in module.buffers())):
+            for name, part in module.named_modules():
+                if isinstance(part, _NormBase):
+                    self._norms.append(part)
+                else:
+                    self._buffers += [
+                        (f"{name}.{key}", b) for key, b in part.named_buffers(recurse=False)
+                    ]
+
+    def first(self, x: Tensor) -> Any:
+        before = RandomState(x.device)
+        versions = [b._version for _, b in self._buffers]
+        output = self.fn(x)
+        self._random = before if before.was_used() else None
+        for (name, buffer), version in zip(self._buffers, versions, strict=True):
+            if buffer._version != version:
+                raise StackError(
+                    f"a block changes its buffer {name!r} in forward, so it cannot be run again",
+                    expected="blocks without changing state (running norm statistics are fine)",
+                    hint="Run this block with method 'keep'.",
+                )
+        return output
+
+    def again(self, x: Tensor) -> Any:
+        with contextlib.ExitStack() as stack:
+            if self._random is not None:
+                stack.enter_context(self._random.restored())
+            for norm in self._norms:
+                if norm.training and norm.track_running_stats:
+                    stack.callback(setattr, norm, "track_running_stats", True)
+                    norm.track_running_stats = False
+            return self.fn(x)
+
+
+class _Repeating:
+    """Entered when a region is run again: asks for its input. Re-enterable, as a second backward
+    needs, and entered before any other context, so that asking is not seen by them."""
+
+    __slots__ = ("ask", "inputs")
+
+    def __init__(self, ask: Callable[[], Tensor]) -> None:
+        self.ask = ask
+        self.inputs: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self.inputs.append(self.ask())
+
+    def __exit__(self, *exc: object) -> None:
+        self.inputs.clear()
+
+
+class _Both:
+    """Two contexts as one."""
+
+    __slots__ = ("inner", "outer")
+
+    def __init__(self, outer: Any, inner: Any) -> None:
+        self.outer, self.inner = outer, inner
+
+    def __enter__(self) -> None:
+        self.outer.__enter__()
+        self.inner.__enter__()
+
+    def __exit__(self, *exc: Any) -> Any:
+        self.outer.__exit__(*exc)
+        return self.inner.__exit__(*exc)
+
+
+def replayed(
+    evaluation: Evaluation,
+    x: Tensor,
+    ask: Callable[[], Tensor],
+    *,
+    after: Callable[[Any], None] | None = None,
+    early_stop: bool = True,
+    contexts: Callable[[], tuple[Any, Any]] | None = None,
+) -> Any:
+    """`evaluation.first(x)`, keeping nothing of its inside for backward.
+
+    When backward needs the inside, `ask()` must return the value of x and the piece is evaluated
+    again on it; `after(output)` then receives the repeated output (pass early_stop=False to be
+    sure it is reached). `contexts` adds a pair of contexts around the first and the repeated
+    evaluation, as torch's `context_fn`.
+    """
+    repeating = _Repeating(ask)
+    needs_grad = x.requires_grad
+    live: list[Tensor] = [x]
+    del x
+
+    def region() -> Any:
+        if live:
+            return evaluation.first(live.pop())
+        output = evaluation.again(repeating.inputs.pop().detach().requires_grad_(needs_grad))
+        if after is not None:
+            after(output)
+        return output
+
+    def context_fn() -> tuple[Any, Any]:
+        if contexts is None:
+            return contextlib.nullcontext(), repeating
+        first, again = contexts()
+        return first, _Both(repeating, again)
+
+    with set_checkpoint_early_stop(early_stop):
+        return checkpoint(
+            region, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn
+        )
