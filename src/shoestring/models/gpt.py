@@ -62,7 +62,7 @@ class GPTConfig(PretrainedConfig):
         self.dropout = dropout
         self.rope_theta = rope_theta
         self.initializer_range = initializer_range
-        kwargs.setdefault("use_cache", True)
+        self.use_cache = kwargs.pop("use_cache", True)
         kwargs["tie_word_embeddings"] = tie_word_embeddings
         if hidden_size % (2 * num_attention_heads):
             raise ConfigError(
