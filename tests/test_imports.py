@@ -24,7 +24,10 @@ LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 NEIGHBOURS = {0, 1}  # levels whose members may import each other
-ALLOWED = {("convert", "training")}  # healing a converted model trains it
+ALLOWED = {
+    ("convert", "training"),  # healing a converted model trains it
+    ("models", "methods"),  # a model that is reversible by construction
+}
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"torch.load", "torch.save", "eval", "exec", "np.load", "numpy.load"}
 METHOD_FILES = {"__init__", "base"}  # in methods/: not methods themselves

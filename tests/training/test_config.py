@@ -85,7 +85,7 @@ def test_what_cannot_be_used_is_refused_by_name(text, message):
         ('[run]\nbudget = "6 Gib/s"', "run.budget: '6 Gib/s'", "auto, none, or a number of bytes"),
         ('[run]\nbudget = "0"', "run.budget: '0'", "auto, none"),
         ("[data]\nheld_out = 0", "data.held_out = 0.0", "between 0 and 1"),
-        ("[data]\nvocabulary = 256", "data.vocabulary = 256", "257 or more"),
+        ("[data]\nvocabulary = 256", "data.vocabulary = 256", "259 or more"),
         ('[data]\nsource = ""', "data.source = ''", "a file, folder or name"),
         ("[schedule]\nwarmup_share = 1.5", "schedule.warmup_share = 1.5", "from 0 to 1"),
         ('[model]\npreset = "big"', "model.preset = 'big'", "tiny, deep, small, gpt2"),

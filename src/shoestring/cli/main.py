@@ -61,9 +61,8 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         terminal.error(KeyboardInterrupt("interrupted"), code=130)
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        raise
     except ShoestringError as error:
         return _report(error, error.exit_code, terminal, debug="--debug" in argv)
     except Exception as error:
@@ -117,4 +116,11 @@ def _restart_with_tuned_allocator(argv: Sequence[str]) -> None:
 def entry() -> None:
     """The console command."""
     _restart_with_tuned_allocator(sys.argv[1:])
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        # what is left in the buffer would fail again when Python exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

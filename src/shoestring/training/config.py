@@ -109,7 +109,7 @@ class ModelConfig:
     num_key_value_heads: int | None = None
     """Key and value heads; None = as many as heads."""
     intermediate_size: int | None = None
-    """Width inside the MLP; None = four times the width."""
+    """Width inside the MLP; None = 8/3 of the width, which in three matrices is 4 in two."""
     max_position_embeddings: int | None = None
     """Longest sequence; None = data.sequence_length."""
     dropout: float = 0.0
@@ -184,7 +184,7 @@ class DataConfig:
         _require(bool(self.source.strip()), "data.source", self.source, "a file, folder or name")
         _require(bool(self.tokenizer), "data.tokenizer", self.tokenizer, "auto or a directory")
         _require(bool(self.text_field), "data.text_field", self.text_field, "a column's name")
-        _at_least(257, "data", self, "vocabulary")
+        _at_least(259, "data", self, "vocabulary")  # 256 bytes and 3 marks
         _at_least(2, "data", self, "sequence_length")
         _at_least(1, "data", self, "batch_size")
         _require(0 < self.held_out < 1, "data.held_out", self.held_out, "a share between 0 and 1")

@@ -1,0 +1,155 @@
+"""`shoestring doctor`: what is here, and whether the promise holds on it.
+
+The self test trains a small reversible network for a few steps twice, once reconstructing its
+activations and once storing them, and compares every gradient with torch.equal. It is the claim
+of the library, tried on this machine's kernels.
+"""
+
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.table import Table
+
+from ..units import format_bytes
+from .arguments import Common
+from .terminal import Terminal
+
+_PACKAGES = ("shoestring", "torch", "transformers", "tokenizers", "safetensors", "numpy", "tyro")
+_OPTIONAL = ("datasets", "pyarrow", "peft")
+_STEPS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Common):
+    """Versions, devices, free memory, allocator settings, and a short self test."""
+
+
+def run(arguments: Arguments, terminal: Terminal) -> int:
+    """Prints the findings; exit code 1 when the self test fails."""
+    from ..allocator import explain, is_tuned
+
+    report: dict[str, Any] = {
+        "versions": {"python": platform.python_version()} | _versions(_PACKAGES + _OPTIONAL),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "devices": _devices(),
+        "allocator": {"tuned": is_tuned(), "explanation": explain()},
+    }
+    terminal.say(*_facts(report))
+    with terminal.progress.status("self test: reversible gradients against stored ones"):
+        report["self_test"] = _self_test()
+    terminal.say(_verdict(report["self_test"]))
+    terminal.emit(report)
+    return 0 if report["self_test"]["passed"] else 1
+
+
+def _versions(names: tuple[str, ...]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    from ..planner.budget import free_bytes
+
+    cpu = {
+        "name": "cpu",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "free_bytes": free_bytes(torch.device("cpu")),
+    }
+    devices = [cpu]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        devices.append({"name": f"cuda:{index} {name}", "free_bytes": free, "total_bytes": total})
+    return devices
+
+
+def _facts(report: dict[str, Any]) -> list[Table]:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, found in report["versions"].items():
+        table.add_row(name, found or "not installed")
+    table.add_row("system", report["system"])
+    for device in report["devices"]:
+        free = device["free_bytes"]
+        memory = "free memory unknown" if free is None else f"{format_bytes(free)} free"
+        cores = f"{device['cores']} cores, {device['threads']} threads, "
+        table.add_row(device["name"], (cores if "cores" in device else "") + memory)
+    table.add_row("allocator", report["allocator"]["explanation"])
+    return [table]
+
+
+def _self_test() -> dict[str, Any]:
+    """Two trainings from one seed: {"passed", "gradients", "seconds", peaks in bytes}."""
+    import torch
+
+    started = time.perf_counter()
+    keeps, rebuilds = _trained(stores=True), _trained(stores=False)
+    same = [
+        torch.equal(stored, rebuilt)
+        for stored, rebuilt in zip(keeps["gradients"], rebuilds["gradients"], strict=True)
+    ]
+    return {
+        "passed": all(same),
+        "gradients": len(same),
+        "equal": sum(same),
+        "steps": _STEPS,
+        "stored_peak_bytes": keeps["peak_bytes"],
+        "reversible_peak_bytes": rebuilds["peak_bytes"],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _trained(*, stores: bool) -> dict[str, Any]:
+    import torch
+
+    from ..meter import Meter
+    from ..methods import apply_spans
+    from ..models.gpt import GPT, GPTConfig
+    from ..stack import Span, Stack
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 12}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**shape, num_attention_heads=2, rule="feistel")).to(device).train()
+        ids = torch.randint(512, (4, 128)).to(device)
+    if stores:
+        stack = Stack.of(model)
+        apply_spans(stack, [Span(0, len(stack), "reversible", {"keep_top": len(stack)})])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
+    for step in range(_STEPS):
+        with Meter(model, optimizer) as meter:
+            model(input_ids=ids, labels=ids).loss.backward()
+        gradients = [p.grad for p in model.parameters()]
+        if step < _STEPS - 1:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return {"gradients": gradients, "peak_bytes": meter.peak_bytes}
+
+
+def _verdict(test: dict[str, Any]) -> str:
+    peaks = (
+        f"peak {format_bytes(test['reversible_peak_bytes'])} reversible, "
+        f"{format_bytes(test['stored_peak_bytes'])} stored"
+    )
+    if test["passed"]:
+        return (
+            f"self test passed: after {test['steps']} steps all {test['gradients']} gradients "
+            f"are bit-identical to those of stored activations ({peaks}; {test['seconds']:.1f} s)"
+        )
+    return (
+        f"self test FAILED: {test['gradients'] - test['equal']} of {test['gradients']} gradients "
+        f"differ from those of stored activations ({peaks}); Python is {sys.executable}"
+    )
