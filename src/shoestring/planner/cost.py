@@ -1,0 +1,413 @@
+"""Bytes of every block, option and of the turn, from a fake twin of the model.
+
+One fake forward captures with what each block is called. Each *distinct* block (class, shapes,
+settings, arguments) is then run alone, forward and backward, by the executor of every method
+that is on offer, under the Tracker that also counts real steps. Nothing is allocated.
+
+What the chain model needs beyond the blocks (head and loss, gradients of the head, what the
+stem leaves alive) comes from one more pass of the twin with its blocks taken out.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from ..errors import StackError
+from ..meter import Tracker
+from ..stack import BlockCall, Executor, Runner, Stack, hidden_of, with_hidden
+from .chain import BlockCost, Chain, Option
+from .fake import (
+    Batch,
+    Loss,
+    OptimizerFactory,
+    Profile,
+    _autocast,
+    _fused_adamw,
+    _own_loss,
+    fake_batch,
+    fake_model,
+    simulate,
+)
+from .ways import Offer, Way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One training step as the user makes it: what is planned for and simulated."""
+
+    model: Any
+    """A module, a Hugging Face config or its path, or a callable that builds a module."""
+    batch: Batch
+    optimizer: OptimizerFactory | None = None
+    loss: Loss | None = None
+    autocast: torch.dtype | None = None
+    accumulate: int = 1
+    grad_clip: float | None = None
+
+    def simulate(self, apply: Callable[[nn.Module], object] | None = None) -> Profile:
+        """Whole steps on a fake twin, with methods put in place by `apply`."""
+        return simulate(
+            self.model, self.batch, apply=apply, optimizer=self.optimizer, loss=self.loss,
+            autocast=self.autocast, accumulate=self.accumulate, grad_clip=self.grad_clip,
+        )  # fmt: skip
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss, as the step computes it."""
+        with _autocast(model, self.autocast):
+            return (self.loss or _own_loss)(model, batch)
+
+
+class _Source(torch.autograd.Function):
+    """A new tensor that wants a gradient and has no past; its gradient is dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, make: Callable[[], Tensor], arrived: Any) -> Tensor:
+        ctx.arrived = arrived
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        if ctx.arrived is not None:
+            ctx.arrived(gradients[0])
+        return None, None, None
+
+
+class _Sink(torch.autograd.Function):
+    """Takes a tensor away, keeping nothing of it; sends back a gradient of its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.like = (value.shape, value.dtype, value.device)
+        return value.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        shape, dtype, device = ctx.like
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def source(like: Tensor, make: Callable[[], Tensor] | None = None, arrived: Any = None) -> Tensor:
+    """A tensor as `like` (shape, strides, dtype, device) at the end of a cut graph."""
+    anchor = torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
+    out: Tensor = _Source.apply(anchor, make or (lambda: torch.empty_like(like)), arrived)
+    return out
+
+
+def sink(value: Tensor) -> Tensor:
+    """A scalar whose backward sends a gradient of `value`'s shape."""
+    out: Tensor = _Sink.apply(value)
+    return out
+
+
+@dataclass
+class Captured:
+    """How one block was called: its arguments with a hole for the hidden state, and what it
+    returned. Tensors stand for shapes only."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    place: int | str
+    hidden: Tensor
+    output: Any
+
+    def call(self, block: nn.Module, hidden: Tensor) -> BlockCall:
+        return BlockCall(forward_of(block), self.args, self.kwargs, self.place, hidden)
+
+
+def forward_of(block: nn.Module) -> Callable[..., Any]:
+    """The block's forward below any runner, patches of its own included."""
+    own = vars(block).get("forward")
+    while isinstance(own, Runner):
+        own = own.inner
+    return own if own is not None else type(block).forward.__get__(block)
+
+
+class _Capture(Executor):
+    """Runs blocks as they are and notes how they were called."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, Captured] = {}
+
+    def run(self, position: int, block: nn.Module, call: BlockCall) -> Any:
+        hidden = call.hidden
+        assert hidden is not None
+        output = call(hidden)
+        meta = tree_map_only(Tensor, _as_meta, output)
+        self.calls[position] = Captured(call.args, call.kwargs, call.place, _as_meta(hidden), meta)
+        return output
+
+
+def _as_meta(tensor: Tensor) -> Tensor:
+    """The same shape without a storage, so that noting it keeps nothing alive."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+class _Cut(Executor):
+    """Takes the blocks out: each hands on a fresh tensor, graph cut before and after."""
+
+    def __init__(self, twin: "Twin", tracker: Tracker) -> None:
+        self.twin, self.tracker = twin, tracker
+        self.base = self.turn_peak = self.turn_gradients = 0
+
+    def run(self, position: int, block: nn.Module, call: BlockCall) -> Any:
+        captured = self.twin.calls[position]
+        last = position == len(self.twin.stack) - 1
+        call.hidden = None
+        if last:
+            self.base = self.tracker.live_bytes
+            self.tracker.ledger.peak = self.base
+        output = tree_map_only(Tensor, self.twin.empty, captured.output)
+        like = hidden_of(captured.output)
+        fresh = source(like, lambda: self.twin.empty(like), self._arrived if last else None)
+        return with_hidden(output, fresh)
+
+    def _arrived(self, gradient: Tensor) -> None:
+        """The backward of head and loss is done."""
+        ledger = self.tracker.ledger
+        self.turn_peak = ledger.peak - self.base
+        self.turn_gradients = max(0, ledger.live - self.base - gradient.untyped_storage().nbytes())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One block run alone by one executor. Bytes above what was there before it."""
+
+    forward_peak: int
+    saved: int
+    backward_peak: int
+    gradients: int
+    output: int
+    forward_work: float
+    backward_work: float
+
+
+class _Work(TorchDispatchMode):
+    """What to put in place of seconds when nothing is timed: one unit a multiply-add, and some
+    for every byte written. Only good for comparing ways to run one model."""
+
+    PER_BYTE = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out) / 2
+        if not func.is_view:
+            self.total += self.PER_BYTE * sum(
+                t.nbytes for t in tree_leaves(out) if isinstance(t, Tensor)
+            )
+        return out
+
+
+@dataclass
+class Twin:
+    """A fake twin with its stack and how its blocks are called."""
+
+    step: Step
+    apply: Callable[[nn.Module], object] | None = None
+    calls: dict[int, Captured] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.mode = FakeTensorMode()
+        self.model = fake_model(self.step.model, self.mode)
+        self.batch = fake_batch(self.step.batch, self.mode)
+        with self.mode:
+            if self.apply is not None:
+                self.apply(self.model)
+            self.model.train()
+            self.stack = Stack.of(self.model)
+            self._capture()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _capture(self) -> None:
+        note = _Capture()
+        with self._running(note), torch.enable_grad():
+            self.step.forward(self.model, self.batch)
+        missing = set(range(len(self.stack))) - set(note.calls)
+        if missing:
+            raise StackError(
+                f"blocks {sorted(missing)} of {self.stack!r} were not called in a forward",
+                expected="a batch that runs every block",
+            )
+        self.calls = note.calls
+
+    @contextlib.contextmanager
+    def _running(self, executor: Executor) -> Iterator[None]:
+        self.stack.apply([(0, len(self.stack), executor)])
+        try:
+            yield
+        finally:
+            self.stack.restore()
+
+    def empty(self, like: Tensor) -> Tensor:
+        """A new fake tensor shaped as a captured one."""
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=self.device)
+
+    def kinds(self) -> list[int]:
+        """For every block the lowest index of a block that costs the same."""
+        seen: dict[Any, int] = {}
+        keys = [fingerprint(b, self.calls[i]) for i, b in enumerate(self.stack.blocks)]
+        return [seen.setdefault(key, i) for i, key in enumerate(keys)]
+
+    def measure(self, index: int, way: Way) -> Measured:
+        """Block `index` alone, forward and backward, run as `way` says."""
+        block, captured = self.stack.blocks[index], self.calls[index]
+        executor = way.executor(Stack(self.model, self.stack.path, [block]), 0, 1)
+        held = self.step.accumulate > 1
+        with self.mode, Tracker() as tracker:
+            tracker.seed(block)
+            for parameter in block.parameters():
+                wants = held and parameter.requires_grad
+                parameter.grad = torch.zeros_like(parameter) if wants else None
+            tracker.assign("other", _shared_tensors(captured))
+            tracker.assign("other", [torch.zeros((), device=self.device)])
+            result = self._measure(tracker, block, captured, executor)
+        for parameter in block.parameters():
+            parameter.grad = None
+        return result
+
+    def _measure(
+        self, tracker: Tracker, block: nn.Module, captured: Captured, executor: Executor
+    ) -> Measured:
+        ledger = tracker.ledger
+        base = ledger.peak = ledger.live
+        make, work = captured.call, _Work()
+
+        def new() -> Tensor:
+            return source(captured.hidden, lambda: self.empty(captured.hidden))
+
+        with work, _autocast(self.model, self.step.autocast), torch.enable_grad():
+            output = executor.run(0, block, make(block, new()))
+        forward_peak, forward_work = ledger.peak - base, work.total
+        size = hidden_of(output).untyped_storage().nbytes()
+        end = sink(hidden_of(output))
+        del output
+        saved = ledger.live - base
+        ledger.peak = ledger.live
+        with work:
+            end.backward()
+        del end
+        return Measured(
+            forward_peak=forward_peak, saved=saved, backward_peak=ledger.peak - base,
+            gradients=max(0, ledger.live - base), output=size,
+            forward_work=forward_work, backward_work=work.total - forward_work,
+        )  # fmt: skip
+
+    def turn(self) -> tuple[int, int, int]:
+        """(bytes alive beside the blocks, peak of head and loss above them, gradients of the
+        head that exist when the blocks' backward begins)."""
+        with self.mode, Tracker() as tracker:
+            tracker.seed(self.model)
+            if self.step.accumulate > 1:
+                for parameter in self.model.parameters():
+                    if parameter.requires_grad:
+                        parameter.grad = torch.zeros_like(parameter)
+                tracker.seed(self.model)
+            tracker.assign("other", tree_leaves(self.batch))
+            cut = _Cut(self, tracker)
+            with self._running(cut):
+                self.step.forward(self.model, self.batch).backward()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        return cut.base, cut.turn_peak, cut.turn_gradients
+
+
+def _shared_tensors(captured: Captured) -> list[Tensor]:
+    return [t for t in tree_leaves((captured.args, captured.kwargs)) if isinstance(t, Tensor)]
+
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+
+
+def fingerprint(block: nn.Module, captured: Captured) -> Any:
+    """Equal for blocks that cost the same: class, parameters, settings, arguments."""
+    parts: list[Any] = [
+        repr(block), _shape(captured.hidden), captured.place,
+        tuple((n, _shape(p), p.requires_grad) for n, p in block.named_parameters()),
+    ]  # fmt: skip
+    for name, module in block.named_modules():
+        settings = [
+            (key, value)
+            for key, value in vars(module).items()
+            # Which layer it is does not change what it costs.
+            if isinstance(value, _PLAIN) and not key.endswith(("idx", "index", "layer_id"))
+        ]
+        patched = type(vars(module).get("forward"))
+        parts.append((name, type(module), patched, tuple(settings)))
+    tree = tree_map_only(Tensor, _shape, (captured.args, captured.kwargs))
+    parts.append(repr([x if isinstance(x, tuple | bool | int) else type(x)
+                       for x in tree_leaves(tree)]))  # fmt: skip
+    return tuple(parts)
+
+
+def _shape(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def measure_chain(twin: Twin, offer: Offer) -> tuple[Chain, list[int], int]:
+    """(chain with bytes, and work in place of seconds; kind of each block; resident bytes)."""
+    kinds = twin.kinds()
+    costs = {kind: _block_cost(twin, kind, offer) for kind in sorted(set(kinds))}
+    resident, turn_peak, turn_gradients = twin.turn()
+    chain = Chain(
+        blocks=tuple(costs[k] for k in kinds), turn_peak=turn_peak, turn_gradients=turn_gradients
+    )
+    return chain, kinds, resident
+
+
+def _block_cost(twin: Twin, index: int, offer: Offer) -> BlockCost:
+    measured = [twin.measure(index, way) for way in offer.kept]
+    options = tuple(
+        Option(
+            name=way.label, saved=m.saved, forward_peak=m.forward_peak,
+            backward_peak=m.backward_peak, seconds=m.forward_work + m.backward_work,
+        )
+        for way, m in zip(offer.kept, measured, strict=True)
+    )  # fmt: skip
+    cost = BlockCost(
+        held=0, output=measured[0].output, walk_peak=0, walk_seconds=0.0, again_peak=0,
+        again_seconds=0.0, gradients=measured[0].gradients, options=options, redone=False,
+    )  # fmt: skip
+    if offer.redo is None:
+        return cost
+    redo = twin.measure(index, offer.redo)
+    return replace(
+        cost, held=redo.saved, walk_peak=redo.forward_peak, walk_seconds=redo.forward_work,
+        again_peak=redo.backward_peak, again_seconds=redo.backward_work, redone=True,
+    )  # fmt: skip
+
+
+def optimizer_bytes(twin: Twin) -> tuple[int, int]:
+    """(bytes of the optimizer's state, peak of its step above weights and gradients)."""
+    parameters = [p for p in twin.model.parameters() if p.requires_grad]
+    with twin.mode, Tracker() as tracker:
+        chosen = (twin.step.optimizer or _fused_adamw)(parameters)
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        tracker.seed(twin.model, chosen)
+        ledger = tracker.ledger
+        before = ledger.live
+        chosen.step()
+        state = ledger.live - before
+        ledger.peak = ledger.live
+        chosen.step()
+        peak = ledger.peak - before
+        chosen.zero_grad(set_to_none=True)
+    return state, peak

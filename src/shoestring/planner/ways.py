@@ -1,0 +1,120 @@
+"""What may be done to a model: the methods on offer, as data.
+
+A `Way` is a method with settings. Span methods are told apart by what they declare to rebuild
+from (`promises.rebuilds`), never by name: "nothing" keeps a block's graph; "input" runs blocks
+again from held inputs, as its settings `hold` and `rebuild` say; "streams" rebuilds a whole stack
+from its end, and its setting `keep_top` says how many last blocks keep their graph. A method may
+list further settings worth trying in `variants`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError, ShoestringError, closest
+from ..methods import METHODS, Method, apply_spans, method
+from ..stack import Executor, Span, Stack
+
+FIDELITIES = ("exact", "unbiased", "structural")
+Allow = str | Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A method with settings (JSON-able)."""
+
+    method: str
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def label(self) -> str:
+        settings = ", ".join(f"{k}={v}" for k, v in self.config.items())
+        return f"{self.method}({settings})" if settings else self.method
+
+    def executor(self, stack: Stack, start: int, stop: int) -> Executor:
+        how = method(self.method)
+        return how.executor(stack, start, stop, how.configure(self.config))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """What the planner may do with the blocks of one stack."""
+
+    kept: tuple[Way, ...]
+    """Ways to keep (part of) a block's graph; the first keeps all of it."""
+    redo: Way | None = None
+    """The way that runs blocks again from their inputs."""
+    streams: Way | None = None
+    """The way that rebuilds the whole stack from its end; nothing else is on offer then."""
+
+
+def allowed(allow: Allow) -> list[Method]:
+    """The methods that `allow` lets in: a fidelity lets in all that promise as much or more; a
+    list names them. Keeping is always allowed."""
+    if isinstance(allow, str) and allow in FIDELITIES:
+        good = FIDELITIES[: FIDELITIES.index(allow) + 1]
+        return [m for m in METHODS.values() if m.promises.fidelity in good]
+    names = [allow] if isinstance(allow, str) else list(allow)
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(
+                f"allow = {allow!r}: {name!r} is neither a fidelity nor a method",
+                expected=f"one of {list(FIDELITIES)}, or a list of methods {sorted(METHODS)}",
+                hint=closest(name, [*FIDELITIES, *METHODS]),
+            )
+    return [m for m in METHODS.values() if m.name in names or _keeps(m)]
+
+
+def _keeps(m: Method) -> bool:
+    return m.promises.applies_to == "span" and m.promises.rebuilds == "nothing"
+
+
+def offer_for(stack: Stack, methods: Iterable[Method]) -> Offer:
+    """What is on offer for the blocks of this stack."""
+    spans = [m for m in methods if m.promises.applies_to == "span" and m.fits(stack) is None]
+    streams = [m for m in spans if m.promises.rebuilds == "streams"]
+    if streams:
+        return Offer(kept=(), streams=Way(streams[0].name))
+    kept = [Way(m.name) for m in spans if _keeps(m)]
+    redo = next((m for m in spans if m.promises.rebuilds == "input"), None)
+    if redo is None:
+        return Offer(kept=tuple(kept))
+    kept += [Way(redo.name, dict(v)) for v in getattr(redo, "variants", ())]
+    return Offer(kept=tuple(kept), redo=Way(redo.name))
+
+
+def patches_for(model: nn.Module, methods: Iterable[Method]) -> list[tuple[Way, ...]]:
+    """Every combination of at most one loss and one module method that this model takes."""
+    groups: dict[str, list[tuple[Way, ...]]] = {"loss": [()], "module": [()]}
+    for m in methods:
+        if m.promises.applies_to == "span":
+            continue
+        try:
+            undo = m.apply(model, m.configure())
+        except ShoestringError:
+            continue  # it has nothing to do in this model
+        undo()
+        for settings in getattr(m, "variants", ()) or ({},):
+            groups[m.promises.applies_to].append((Way(m.name, dict(settings)),))
+    return [loss + module for loss in groups["loss"] for module in groups["module"]]
+
+
+def apply_ways(model: nn.Module, patches: Iterable[Way], spans: Sequence[Span]) -> Any:
+    """Put patches and spans in place; returns what undoes it, last first."""
+    undos = []
+    for way in patches:
+        how = method(way.method)
+        undos.append(how.apply(model, how.configure(way.config)))
+    stack = Stack.of(model)
+    if spans:
+        apply_spans(stack, spans)
+
+    def undo() -> None:
+        if spans:
+            stack.restore()
+        for each in reversed(undos):
+            each()
+
+    return undo
