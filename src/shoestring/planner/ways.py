@@ -118,3 +118,10 @@ def apply_ways(model: nn.Module, patches: Iterable[Way], spans: Sequence[Span]) 
             each()
 
     return undo
+
+
+def bare(model: nn.Module) -> None:
+    """Take out the runners of a plan; those that make up the model's function stay."""
+    stack = Stack.of(model)
+    while (top := [e for e in stack.executors if e is not None]) and not top[0].always:
+        stack.restore()

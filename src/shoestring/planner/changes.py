@@ -1,0 +1,175 @@
+"""When nothing fits: what decides, and the cheapest changes that would make it fit.
+
+Every change is simulated, with the smallest plan of the model put in place; only those that
+reach the budget are named, cheapest first: what changes training least comes first.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..errors import OutOfBudget, ShoestringError
+from ..stack import Span, Stack
+from ..units import format_bytes
+from .choose import Planner
+from .cost import Step
+from .ways import FIDELITIES, allowed, apply_ways, bare
+
+WANTED = 3
+Attempt = tuple[str, Callable[[], int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Something the user could do, and the smallest peak it leads to."""
+
+    text: str
+    peak_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.text} ({format_bytes(self.peak_bytes)})"
+
+
+def out_of_budget(planner: Planner, budget: int) -> OutOfBudget:
+    """The error that says what would do."""
+    smallest = planner.smallest_bytes
+    instant = planner.simulate(planner.smallest).instant
+    changes = [str(c) for c in fitting_changes(planner, budget)]
+    advice = "; ".join(f"{i}. {c}" for i, c in enumerate(changes, 1))
+    return OutOfBudget(
+        f"nothing fits into {format_bytes(budget)}: the smallest plan needs "
+        f"{format_bytes(smallest)} ({smallest} bytes), decided in the {instant}",
+        expected=f"a budget of at least {smallest} bytes",
+        hint=f"What would fit: {advice}." if changes
+        else "No smaller batch, shorter sequence, lower precision or smaller model tried fits.",
+        smallest_bytes=smallest, instant=instant, changes=changes,
+    )  # fmt: skip
+
+
+def fitting_changes(planner: Planner, budget: int) -> list[Change]:
+    """The first changes, cheapest first, whose simulated peak is within the budget."""
+    found: list[Change] = []
+    for family in _families(planner):
+        if len(found) == WANTED:
+            break
+        change = _mildest(list(family), budget)
+        if change is not None:
+            found.append(change)
+    return found
+
+
+def _mildest(attempts: list[Attempt], budget: int) -> Change | None:
+    """The mildest of attempts ordered by strength that fits, None when the strongest does not."""
+    try:
+        if not attempts or attempts[-1][1]() > budget:
+            return None
+        for text, attempt in attempts:
+            peak = attempt()
+            if peak <= budget:
+                return Change(text, peak)
+    except (ShoestringError, RuntimeError, ValueError, IndexError):
+        return None  # this model does not take such a change
+    return None
+
+
+def _families(planner: Planner) -> Iterator[Iterator[Attempt]]:
+    """Each gives stronger and stronger changes of one sort."""
+    step = planner.step
+    yield _allowing(planner)
+    if step.autocast is None:
+        lower = replace(step, autocast=torch.bfloat16)
+        yield iter([("compute in bfloat16 (autocast)", lambda: _peak(planner, lower))])
+    yield _shorter(planner, 0, "batch size")
+    yield _shorter(planner, 1, "sequence length")
+    stateless = replace(step, optimizer=_sgd)
+    yield iter([("an optimizer without states (SGD)", lambda: _peak(planner, stateless))])
+    yield _fewer_blocks(planner, step, "")
+    smallest = _cut(step, 0, 1)
+    yield _fewer_blocks(planner, smallest, " and batch size 1")
+    yield _fewer_blocks(planner, replace(smallest, optimizer=_sgd), ", batch size 1 and SGD")
+
+
+def _sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e-3)
+
+
+def _peak(planner: Planner, step: Step) -> int:
+    """Peak of another step with the smallest plan of this one."""
+    smallest = planner.smallest
+
+    def put(model: nn.Module) -> None:
+        bare(model)
+        apply_ways(model, smallest.patches, smallest.spans)
+
+    return step.simulate(put).peak_bytes
+
+
+def _allowing(planner: Planner) -> Iterator[Attempt]:
+    """Methods that were not allowed."""
+    now = {m.name for m in planner.methods}
+    for fidelity in FIDELITIES:
+        more = {m.name for m in allowed(fidelity)} - now
+        if more:
+
+            def attempt(level: str = fidelity) -> int:
+                return Planner(planner.step, allow=level, seconds=False).smallest_bytes
+
+            yield f"allow {fidelity!r} methods ({', '.join(sorted(more))})", attempt
+            now |= more
+
+
+def _shorter(planner: Planner, dimension: int, name: str) -> Iterator[Attempt]:
+    """The batch halved again and again along a dimension."""
+    size = _size(planner.step, dimension)
+    shorter = size // 2
+    while shorter >= 1:
+        step = _cut(planner.step, dimension, shorter)
+        yield f"{name} {size} -> {shorter}", lambda step=step: _peak(planner, step)  # type: ignore[misc]
+        shorter //= 2
+
+
+def _size(step: Step, dimension: int) -> int:
+    """The batch's length along a dimension: that of the first tensor that has it."""
+    sizes: list[int] = []
+    tree_map_only(
+        Tensor,
+        lambda t: sizes.append(t.shape[dimension]) if t.dim() > dimension else None,
+        dict(step.batch),
+    )
+    return sizes[0] if sizes else 0
+
+
+def _cut(step: Step, dimension: int, length: int) -> Step:
+    size = _size(step, dimension)
+
+    def cut(tensor: Tensor) -> Tensor:
+        fits = tensor.dim() > dimension and tensor.shape[dimension] == size
+        return tensor.narrow(dimension, 0, min(length, size)).clone() if fits else tensor
+
+    return replace(step, batch=tree_map_only(Tensor, cut, dict(step.batch)))
+
+
+def _fewer_blocks(planner: Planner, step: Step, also: str) -> Iterator[Attempt]:
+    """The stack halved again and again, every block spending as little as it can."""
+    path, n = planner.base.stack.path, len(planner.base.stack)
+    way = planner.offer.streams or planner.offer.redo or planner.offer.kept[0]
+    patches = planner.smallest.patches
+    count = n // 2
+    while count >= 2:
+
+        def attempt(count: int = count) -> int:
+            def put(model: nn.Module) -> Any:
+                # Runners know the length of the stack, so this is only for plain stacks.
+                bare(model)
+                container: Any = model.get_submodule(path)
+                del container[count:]
+                apply_ways(model, patches, (Span(0, len(Stack.of(model)), way.method, way.config),))
+
+            return step.simulate(put).peak_bytes
+
+        yield f"{n} -> {count} blocks{also}", attempt
+        count //= 2

@@ -1,0 +1,362 @@
+"""From costs to a choice: the trade-off curve of a model, and the best point under a budget.
+
+The chain model of every combination of patches (loss and module methods) gives schedules with
+bytes and seconds; together they form one curve, peak rising and seconds falling. A budget is
+answered by bisection on that curve, and what decides near the budget is not the model but a
+simulation of whole steps: the plan's promise. The curve does not depend on the budget, and a
+larger budget can only move the bisection up, so the predicted step time never rises with the
+budget.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError
+from ..stack import Span, Stack
+from .chain import Chain, Redone, Schedule, evaluate, keep_all, nested
+from .cost import Profile, Step, Twin, measure_chain, optimizer_bytes
+from .solver import Solver
+from .timing import Timer
+from .ways import Allow, Offer, Way, allowed, apply_ways, bare, offer_for, patches_for
+
+NEAR = 0.04
+"""How far the chain model may be off the simulation: within this of the budget, simulate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One point of the curve: what to put in place, and what the chain model says of it."""
+
+    patches: tuple[Way, ...]
+    spans: tuple[Span, ...]
+    peak_bytes: int
+    seconds: float
+
+    @property
+    def key(self) -> str:
+        patches = [(w.method, dict(w.config)) for w in self.patches]
+        spans = [(s.start, s.stop, s.method, dict(s.config)) for s in self.spans]
+        return json.dumps([patches, spans])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A model with patches, measured: its chain, and the bytes beside it."""
+
+    patches: tuple[Way, ...]
+    twin: Twin
+    offer: Offer
+    chain: Chain
+    kinds: list[int]
+    resident: int
+    fixed_seconds: float = 0.0
+
+    def choice(self, schedule: Schedule, floor: int) -> Choice:
+        outcome = evaluate(self.chain, schedule)
+        return Choice(
+            patches=self.patches, spans=spans_of(schedule, self.offer),
+            peak_bytes=max(self.resident + outcome.peak_bytes, floor),
+            seconds=outcome.seconds + self.fixed_seconds,
+        )  # fmt: skip
+
+
+def spans_of(schedule: Schedule, offer: Offer) -> tuple[Span, ...]:
+    """The schedule as spans, neighbours run the same way in one span."""
+    spans: list[Span] = []
+    run: list[Redone] = []
+
+    def flush() -> None:
+        if run:
+            assert offer.redo is not None
+            spans.append(_redo_span(run, offer.redo))
+            run.clear()
+
+    for piece in schedule:
+        if isinstance(piece, Redone):
+            run.append(piece)
+            continue
+        flush()
+        way, i = offer.kept[piece.option], piece.index
+        last = spans[-1] if spans else None
+        if last and last.stop == i and (last.method, last.config) == (way.method, way.config):
+            spans[-1] = replace(last, stop=i + 1)
+        else:
+            spans.append(Span(i, i + 1, way.method, way.config))
+    flush()
+    return tuple(spans)
+
+
+def _redo_span(run: Sequence[Redone], way: Way) -> Span:
+    start, stop = run[0].start, run[-1].stop
+    config: dict[str, Any] = dict(way.config)
+    if any(p.stop - p.start > 1 for p in run):
+        config["hold"] = [p.start - start for p in run]
+        walks = [(i - start, k - start, [h - start for h in held])
+                 for p in run for i, k, held in p.rebuild if k - i > 1]  # fmt: skip
+        config["rebuild"] = [list(w) for w in walks]
+    return Span(start, stop, way.method, config)
+
+
+class Planner:
+    """Everything that does not depend on the budget, measured once; `choose` answers budgets."""
+
+    def __init__(self, step: Step, *, allow: Allow = "exact", seconds: bool = True) -> None:
+        self.step = step
+        self.allow = allow
+        self.timed = seconds
+        self.methods = allowed(allow)
+        self.base = Twin(step, bare)
+        self.offer = offer_for(self.base.stack, self.methods)
+        self.timer = Timer(step)
+        self._profiles: dict[str, Profile] = {}
+        if not self.offer.kept and self.offer.streams is None:
+            raise ConfigError(
+                f"allow = {allow!r} leaves no way to run the blocks of {self.base.stack!r}",
+                expected="at least one method that fits",
+            )
+
+    # -- what there is ---------------------------------------------------------------------
+
+    @cached_property
+    def floor(self) -> int:
+        """Bytes at the optimizer step: weights, gradients, states, its own temporaries."""
+        return optimizer_bytes(self.base)[1]
+
+    @cached_property
+    def state_bytes(self) -> int:
+        return optimizer_bytes(self.base)[0]
+
+    def variant(self, patches: tuple[Way, ...], *, plain: bool = False) -> Variant:
+        """Measure the model with patches; `plain` takes away what makes its stack special."""
+
+        def put(model: nn.Module) -> None:
+            strip(model) if plain else bare(model)
+            apply_ways(model, patches, ())
+
+        twin = Twin(self.step, put) if patches or plain else self.base
+        offer = offer_for(twin.stack, self.methods) if plain else self.offer
+        chain, kinds, resident = measure_chain(twin, offer)
+        return Variant(
+            patches=patches, twin=twin, offer=offer, chain=chain, kinds=kinds,
+            resident=resident + self.state_bytes,
+        )  # fmt: skip
+
+    @cached_property
+    def variants(self) -> list[Variant]:
+        """One for every combination of patches, with work in place of seconds."""
+        with self.base.mode:
+            patches = patches_for(self.base.model, self.methods)
+        return [self.variant(p) for p in patches]
+
+    def with_seconds(self, variant: Variant) -> Variant:
+        """The same variant, timed on the device."""
+        if not self.timed:
+            return variant
+        ways = [*variant.offer.kept, *([variant.offer.redo] if variant.offer.redo else [])]
+        times = {
+            kind: self.timer.block(self.base, variant.twin, kind, ways, variant.patches)
+            for kind in sorted(set(variant.kinds))
+        }
+        blocks = []
+        for block, kind in zip(variant.chain.blocks, variant.kinds, strict=True):
+            blocks.append(timed_block(block, times[kind]))
+        fixed = self.timer.turn(self.base, variant.patches) + self._optimizer_seconds
+        return replace(
+            variant, chain=replace(variant.chain, blocks=tuple(blocks)), fixed_seconds=fixed
+        )
+
+    @cached_property
+    def _optimizer_seconds(self) -> float:
+        return self.timer.optimizer(self.base)
+
+    # -- the curve ---------------------------------------------------------------------------
+
+    @cached_property
+    def smallest(self) -> Choice:
+        """The choice with the lowest peak; found without timing anything."""
+        return min(self._curve(timed=False), key=lambda c: (c.peak_bytes, c.seconds))
+
+    @cached_property
+    def curve(self) -> list[Choice]:
+        """All choices worth making, peak rising and seconds falling."""
+        return self._curve(timed=True)
+
+    def _curve(self, *, timed: bool) -> list[Choice]:
+        if self.offer.streams is not None:
+            found = self._streams_choices(timed=timed)
+        else:
+            variants = self._timed_variants if timed else self.variants
+            found = [
+                v.choice(c.schedule, self.floor)
+                for v in variants
+                for c in Solver(v.chain).frontier()
+            ]
+        kept: list[Choice] = []
+        for c in sorted(found, key=lambda c: (c.peak_bytes, c.seconds, len(c.patches))):
+            if not kept or c.seconds < kept[-1].seconds:
+                kept.append(c)
+        return kept
+
+    @cached_property
+    def _timed_variants(self) -> list[Variant]:
+        return [self.with_seconds(v) for v in self.variants]
+
+    def _streams_choices(self, *, timed: bool) -> list[Choice]:
+        """A stack that rebuilds from its end: how many last blocks keep their graph."""
+        streams, n = self.offer.streams, len(self.base.stack)
+        assert streams is not None
+        found = []
+        for patches in self._stream_patches:
+            redo, keep, fixed = self._streams_seconds(patches, timed and self.timed)
+            ends = [self.simulate(_streams_choice(streams, patches, n, k)).peak_bytes
+                    for k in (0, n - 1, n)]  # fmt: skip
+            for k in range(n + 1):
+                # Above the floor the peak is a straight line in k.
+                line = ends[2] - (n - k) * (ends[2] - ends[1])
+                found.append(replace(
+                    _streams_choice(streams, patches, n, k), peak_bytes=max(ends[0], line),
+                    seconds=sum(redo[: n - k]) + sum(keep[n - k :]) + fixed,
+                ))  # fmt: skip
+        return found
+
+    @cached_property
+    def _stream_patches(self) -> list[tuple[Way, ...]]:
+        with self.base.mode:
+            return patches_for(self.base.model, self.methods)
+
+    def _streams_seconds(
+        self, patches: tuple[Way, ...], timed: bool
+    ) -> tuple[list[float], list[float], float]:
+        """For every block: replayed, and with its graph kept; and the rest of the step."""
+        streams, n = self.offer.streams, len(self.base.stack)
+        assert streams is not None
+        if not timed:
+            return [4.0] * n, [3.0] * n, 0.0
+        ways = [Way(streams.method, {**streams.config, "keep_top": k}) for k in (0, 1)]
+        kinds = self.base.kinds()
+        times = {
+            k: self.timer.block(self.base, self.base, k, ways, patches) for k in sorted(set(kinds))
+        }
+        keep = [min(sum(times[k][1]), sum(times[k][0])) for k in kinds]
+        fixed = self.timer.turn(self.base, patches) + self._optimizer_seconds
+        return [sum(times[k][0]) for k in kinds], keep, fixed
+
+    # -- the promise -------------------------------------------------------------------------
+
+    def simulate(
+        self, choice: Choice, *, prepare: Callable[[nn.Module], Any] | None = None
+    ) -> Profile:
+        """Whole steps with the choice in place."""
+        key = choice.key + ("" if prepare is None else prepare.__name__)
+        if key not in self._profiles:
+
+            def put(model: nn.Module) -> None:
+                (prepare or bare)(model)
+                apply_ways(model, choice.patches, choice.spans)
+
+            self._profiles[key] = self.step.simulate(put)
+        return self._profiles[key]
+
+    @cached_property
+    def smallest_bytes(self) -> int:
+        """The smallest budget that works."""
+        return self.simulate(self.smallest).peak_bytes
+
+    def choose(self, budget: int) -> Choice | None:
+        """The fastest choice whose simulated peak is within the budget, or None."""
+        if self.smallest_bytes > budget:
+            return None
+        # Always the same places are looked at first, whatever the budget: a larger budget then
+        # never ends lower, even where the curve and the simulation disagree a little.
+        low, high = -1, len(self.curve)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._fits(self.curve[middle], budget):
+                low = middle
+            else:
+                high = middle
+        while low >= 0 and self.simulate(self.curve[low]).peak_bytes > budget:
+            low -= 1
+        return self.curve[low] if low >= 0 else self._slowest()
+
+    def _fits(self, choice: Choice, budget: int) -> bool:
+        if abs(choice.peak_bytes - budget) > NEAR * budget:
+            return choice.peak_bytes < budget
+        return self.simulate(choice).peak_bytes <= budget
+
+    def _slowest(self) -> Choice:
+        """The smallest choice, which fits where nothing of the timed curve does."""
+        slowest = max(c.seconds for c in self.curve)
+        return replace(self.smallest, seconds=max(slowest, self._seconds_of(self.smallest)))
+
+    def _seconds_of(self, choice: Choice) -> float:
+        for c in self.curve:
+            if c.key == choice.key:
+                return c.seconds
+        return 0.0
+
+    # -- what else there would be --------------------------------------------------------------
+
+    def alternatives(self) -> list[tuple[str, Choice, Profile]]:
+        """The usual schemes beside the plan: everything kept, every block run again, nested."""
+        streams = self.offer.streams is not None
+        variant = self._plain_variant if streams else self.with_seconds_of_base
+        chain, n = variant.chain, len(variant.chain.blocks)
+        schemes: list[tuple[str, Schedule]] = []
+        if all(b.options for b in chain.blocks):
+            schemes.append(("keep everything", keep_all(chain)))
+        if all(b.redone for b in chain.blocks):
+            segment = math.isqrt(n - 1) + 1
+            schemes.append(("recompute every block", nested(chain, 1)))
+            schemes.append((f"nested, segments of {segment}", nested(chain, segment)))
+        rows = []
+        for name, schedule in schemes:
+            choice = variant.choice(schedule, self.floor)
+            profile = self.simulate(choice, prepare=strip if streams else None)
+            rows.append((f"plain: {name}" if streams else name, choice, profile))
+        return rows
+
+    @cached_property
+    def _plain_variant(self) -> Variant:
+        return self.with_seconds(self.variant((), plain=True))
+
+    @cached_property
+    def with_seconds_of_base(self) -> Variant:
+        return next(v for v in self._timed_variants if not v.patches)
+
+
+def _streams_choice(streams: Way, patches: tuple[Way, ...], n: int, keep_top: int) -> Choice:
+    span = Span(0, n, streams.method, {**streams.config, "keep_top": keep_top})
+    return Choice(patches=patches, spans=(span,), peak_bytes=0, seconds=0.0)
+
+
+def timed_block(block: Any, times: Iterable[tuple[float, float]]) -> Any:
+    """The block with seconds: options in order, then the run from its input.
+
+    Keeping everything is never slower than keeping less, and running again costs a forward more
+    at most; what the clock says beyond that is noise.
+    """
+    taken = list(times)
+    options = []
+    keep = sum(taken[0])
+    walk = taken[-1][0] if block.redone else 0.0
+    for option, (forward, backward) in zip(block.options, taken, strict=False):
+        seconds = min(max(forward + backward, keep), keep + taken[0][0])
+        options.append(replace(option, seconds=seconds))
+    again = min(max(taken[-1][1], taken[0][1]), keep) if block.redone else 0.0
+    # Together no less than keeping.
+    again = max(again, keep - walk)
+    return replace(block, options=tuple(options), walk_seconds=walk, again_seconds=again)
+
+
+def strip(model: nn.Module) -> None:
+    """Take out every runner: the blocks run as their modules say."""
+    stack = Stack.of(model)
+    while any(e is not None for e in stack.executors):
+        stack.restore()

@@ -1,0 +1,158 @@
+"""`plan` and `plan_config`: a model, a batch and a budget in bytes, a plan out."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..errors import ConfigError
+from .budget import budget_bytes
+from .changes import out_of_budget
+from .choose import Choice, Planner
+from .cost import Step
+from .plan import Plan, Row
+from .ways import Allow
+
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+
+
+def plan(
+    model: Any,
+    batch: Mapping[str, Any],
+    *,
+    budget: int | str,
+    optimizer: Optimizer | MakeOptimizer | None = None,
+    allow: Allow = "exact",
+    loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
+    seconds: bool = True,
+    autocast: torch.dtype | None = None,
+    accumulate: int = 1,
+    grad_clip: float | None = None,
+) -> Plan:
+    """The fastest way to train `model` on `batch` within `budget` bytes of live tensors.
+
+    model: a module (left untouched), a Hugging Face config or its path, or a callable that
+    builds a module.  batch: tensors by name for `model(**batch)`, whose output has `.loss`; or
+    give `loss(model, batch)`. Pass the largest batch that will come.
+    budget: bytes, "6 GiB", or "auto" (what the device has free, less a margin).
+    optimizer: an optimizer, or parameters -> optimizer; fused AdamW when left out.
+    allow: "exact", "unbiased" or "structural", or a list of method names.
+    seconds: False skips all timing; the plan then has no step time.
+    autocast, accumulate (forward and backward passes a step), grad_clip: as in the loop.
+
+    Raises OutOfBudget (nothing fits: the smallest budget that does, the instant that decides,
+    three changes that get there), ConfigError, StackError.
+    """
+    return planner(
+        model, batch, optimizer=optimizer, allow=allow, loss=loss, seconds=seconds,
+        autocast=autocast, accumulate=accumulate, grad_clip=grad_clip,
+    )(budget)  # fmt: skip
+
+
+def planner(
+    model: Any,
+    batch: Mapping[str, Any],
+    *,
+    optimizer: Optimizer | MakeOptimizer | None = None,
+    allow: Allow = "exact",
+    loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
+    seconds: bool = True,
+    autocast: torch.dtype | None = None,
+    accumulate: int = 1,
+    grad_clip: float | None = None,
+) -> "PlanFor":
+    """As `plan`, for several budgets: measures once, then answers `planner(...)(budget)`."""
+    step = Step(
+        model=model, batch=batch, optimizer=factory_of(optimizer), loss=loss, autocast=autocast,
+        accumulate=accumulate, grad_clip=grad_clip,
+    )  # fmt: skip
+    return PlanFor(Planner(step, allow=allow, seconds=seconds))
+
+
+class PlanFor:
+    """Plans of one model and batch, for any budget."""
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+
+    @property
+    def smallest_bytes(self) -> int:
+        """The smallest budget that works."""
+        return self.planner.smallest_bytes
+
+    def __call__(self, budget: int | str) -> Plan:
+        """The plan for a budget. Raises OutOfBudget."""
+        given = self.planner.step.model
+        device = self.planner.base.device
+        limit = budget_bytes(budget, given if isinstance(given, nn.Module) else None, device)
+        choice = self.planner.choose(limit)
+        if choice is None:
+            raise out_of_budget(self.planner, limit)
+        return self._plan(choice, limit)
+
+    def _plan(self, choice: Choice, limit: int) -> Plan:
+        chosen = self.planner
+        profile = chosen.simulate(choice)
+        rows = tuple(
+            Row(name, p.peak_bytes, c.seconds if chosen.timed else None, p.instant)
+            for name, c, p in chosen.alternatives()
+        )
+        return Plan(
+            budget_bytes=limit, peak_bytes=profile.peak_bytes, by_category=profile.by_category,
+            instant=profile.instant, step_seconds=choice.seconds if chosen.timed else None,
+            smallest_bytes=chosen.smallest_bytes, spans=choice.spans, patches=choice.patches,
+            rows=rows, blocks=len(chosen.base.stack), model=type(chosen.base.model).__name__,
+        )  # fmt: skip
+
+
+def factory_of(optimizer: Optimizer | MakeOptimizer | None) -> MakeOptimizer | None:
+    """Parameters -> optimizer, from an optimizer that exists (same class and settings) or from
+    a function."""
+    if optimizer is None or not isinstance(optimizer, Optimizer):
+        if optimizer is not None and not callable(optimizer):
+            raise ConfigError(
+                f"optimizer is a {type(optimizer).__name__}",
+                expected="a torch.optim.Optimizer, or a function from parameters to one",
+            )
+        return optimizer
+    kind = type(optimizer)
+    known = inspect.signature(kind.__init__).parameters
+    settings = {k: v for k, v in optimizer.defaults.items() if k in known}
+    return lambda parameters: kind(parameters, **copy.copy(settings))  # type: ignore[call-arg]
+
+
+def plan_config(
+    config: Any,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    budget: int | str,
+    **settings: Any,
+) -> Plan:
+    """A plan from a Hugging Face config alone (object, config.json or its directory): no weights
+    are read, nothing is allocated but one block at a time for timing.
+
+    The batch is token ids with labels and a mask that is not all ones, since a trivial mask
+    would be dropped on the way and need less. Other settings as for `plan`.
+    """
+    return planner_for_config(
+        config, batch_size=batch_size, sequence_length=sequence_length, **settings
+    )(budget)
+
+
+def planner_for_config(
+    config: Any, *, batch_size: int, sequence_length: int, **settings: Any
+) -> PlanFor:
+    """As `plan_config`, for several budgets."""
+    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} = {value!r}", expected="a positive integer")
+    ids = torch.zeros(batch_size, sequence_length, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[:, -1] = 0
+    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": mask}
+    return planner(config, batch, **settings)

@@ -1,0 +1,215 @@
+"""A plan: what is done to every span, to the loss and to modules, and what it promises.
+
+    plan = shoestring.plan(model, batch, budget="6 GiB", optimizer=make_optimizer)
+    plan.apply(model)     # in place; plan.restore(model) undoes it
+    plan.verify(step)     # measured against promised
+
+The promise, `peak_bytes`, is the peak of whole simulated steps with the plan in place; the budget
+counts live tensors on the device: weights, gradients, optimizer states, batch, activations.
+"""
+
+import json
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, StackError
+from ..meter import Meter
+from ..stack import Span, Stack
+from ..units import format_bytes, format_seconds
+from .ways import Way, apply_ways, bare
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Bytes promised and measured; error = (predicted - measured) / measured."""
+
+    predicted: int
+    measured: int
+
+    @property
+    def error(self) -> float:
+        return (self.predicted - self.measured) / self.measured
+
+    def __str__(self) -> str:
+        return (
+            f"predicted {format_bytes(self.predicted)}, measured {format_bytes(self.measured)} "
+            f"({self.error:+.2%})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the plan's table. Bytes; seconds a step, None when nothing was timed."""
+
+    name: str
+    peak_bytes: int
+    seconds: float | None
+    instant: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A method for every span, the loss and modules, with a predicted peak and step time.
+
+    budget_bytes: what was given.  peak_bytes: promised peak of live tensors.  by_category: that
+    peak in the words of Meter.  instant: the phase it falls in.  step_seconds: predicted, None
+    when nothing was timed.  smallest_bytes: the smallest budget that would have worked.
+    rows: the usual schemes beside this plan.  blocks: how many blocks the stack has.
+    """
+
+    budget_bytes: int
+    peak_bytes: int
+    by_category: Mapping[str, int]
+    instant: str
+    step_seconds: float | None
+    smallest_bytes: int
+    spans: tuple[Span, ...]
+    patches: tuple[Way, ...]
+    rows: tuple[Row, ...]
+    blocks: int
+    model: str
+    _applied: "weakref.WeakKeyDictionary[nn.Module, Callable[[], None]]" = field(
+        default_factory=weakref.WeakKeyDictionary, compare=False, repr=False
+    )
+
+    @property
+    def methods(self) -> list[dict[str, Any]]:
+        """What is done, as JSON-able entries: patches first, then spans from the bottom up."""
+        patches = [{"method": w.method, "config": dict(w.config)} for w in self.patches]
+        return [*patches, *(asdict(s) for s in self.spans)]
+
+    # -- use -----------------------------------------------------------------------------------
+
+    def apply(self, model: nn.Module) -> None:
+        """Put the plan in place, instead of any plan that is. StackError when it is not for
+        this model, before anything is changed."""
+        blocks = len(Stack.of(model))
+        if blocks != self.blocks:
+            raise StackError(
+                f"this plan is for {self.blocks} blocks of {self.model}, "
+                f"{type(model).__name__} has {blocks}",
+                expected="the model the plan was made for",
+            )
+        if model in self._applied:
+            self.restore(model)
+        bare(model)
+        self._applied[model] = apply_ways(model, self.patches, self.spans)
+
+    def restore(self, model: nn.Module) -> None:
+        """Take the plan out of a model it was applied to."""
+        undo = self._applied.pop(model, None)
+        if undo is None:
+            raise StackError(
+                f"this plan is not applied to this {type(model).__name__}",
+                expected="a model that plan.apply(model) was called with",
+            )
+        undo()
+
+    def verify(self, step: Callable[[], object], *, steps: int = 2) -> Verification:
+        """Run `step()` (forward, backward, optimizer step, zero_grad) under the meter and hold
+        the measured peak against the promise. It runs twice, because the optimizer's states
+        appear only in the first step; pass steps=1 when they exist."""
+        models = list(self._applied.keys())
+        with Meter(models[0] if len(models) == 1 else None) as meter:
+            for _ in range(steps):
+                step()
+        return Verification(self.peak_bytes, meter.peak_bytes)
+
+    # -- for people ----------------------------------------------------------------------------
+
+    def table(self) -> "Table":
+        """The usual schemes and this plan, with peak and seconds: data, and text by `str`."""
+        mine = Row("this plan", self.peak_bytes, self.step_seconds, self.instant)
+        return Table((*self.rows, mine), self.budget_bytes)
+
+    def __str__(self) -> str:
+        lines = [f"Plan for {self.model}, {self.blocks} blocks, within "
+                 f"{format_bytes(self.budget_bytes)}:"]  # fmt: skip
+        for way in self.patches:
+            lines.append(f"  {way.label}")
+        for span in self.spans:
+            settings = ", ".join(f"{k}={v}" for k, v in span.config.items())
+            lines.append(
+                f"  blocks {span.start}-{span.stop - 1}: {span.method} {settings}".rstrip()
+            )
+        lines.append(f"  peak {format_bytes(self.peak_bytes)}, reached in the {self.instant}")
+        if self.step_seconds is not None:
+            lines.append(f"  {format_seconds(self.step_seconds)} a step")
+        return "\n".join(lines)
+
+    # -- as JSON ---------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The plan as JSON; `from_json` gives an equal plan back."""
+        value: dict[str, Any] = {"format": FORMAT, "torch": torch.__version__}
+        for name in _FIELDS:
+            value[name] = getattr(self, name)
+        value["by_category"] = dict(self.by_category)
+        value["spans"] = [asdict(s) for s in self.spans]
+        value["patches"] = [{"method": w.method, "config": dict(w.config)} for w in self.patches]
+        value["rows"] = [asdict(r) for r in self.rows]
+        return json.dumps(value, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """A plan from `to_json`. ConfigError when it is not one, or of another format."""
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"this is not a plan: {error}", expected="Plan.to_json()") from None
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            found = value.get("format") if isinstance(value, dict) else type(value).__name__
+            raise ConfigError(
+                f"a plan of format {found!r} cannot be read",
+                expected=f"format {FORMAT}", hint="Make the plan again with this version.",
+            )  # fmt: skip
+        missing = [n for n in (*_FIELDS, "spans", "patches", "rows") if n not in value]
+        if missing:
+            raise ConfigError(f"this plan lacks {missing}", expected="Plan.to_json()")
+        return cls(
+            **{name: value[name] for name in _FIELDS},
+            spans=tuple(Span(**s) for s in value["spans"]),
+            patches=tuple(Way(**w) for w in value["patches"]),
+            rows=tuple(Row(**r) for r in value["rows"]),
+        )
+
+
+_FIELDS = ("model", "blocks", "budget_bytes", "peak_bytes", "by_category", "instant",
+           "step_seconds", "smallest_bytes")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of a plan's table; `str` makes text of them, `data` JSON-able rows."""
+
+    rows: Sequence[Row]
+    budget_bytes: int
+
+    @property
+    def data(self) -> list[dict[str, Any]]:
+        return [{**asdict(r), "fits": r.peak_bytes <= self.budget_bytes} for r in self.rows]
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        lines = [("", "peak", "a step", "highest in", "")]
+        for row in self.rows:
+            seconds = format_seconds(row.seconds) if row.seconds is not None else "-"
+            fits = "fits" if row.peak_bytes <= self.budget_bytes else "does not fit"
+            lines.append((row.name, format_bytes(row.peak_bytes), seconds, row.instant, fits))
+        widths = [max(len(line[i]) for line in lines) for i in range(5)]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(w) if i in (1, 2) else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
