@@ -42,6 +42,16 @@ def active_tracker() -> "Tracker | None":
     return _ACTIVE[-1] if _ACTIVE else None
 
 
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator that may draw random numbers does: attention without dropout and the
+    like carry the tag as well."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name in ("dropout_p", "p"):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            return (argument.default_value if value is None else value) != 0
+    return True
+
+
 class Charge(weakref.ref):
     """One live storage: the weak reference itself carries what was charged for it."""
 
@@ -203,7 +213,7 @@ class Tracker(TorchDispatchMode):
         for tensor in _tensors_in(kwargs.values()):
             self._charge(tensor, inside=fresh)
         out = func(*args, **kwargs)
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
             self.random_draws += 1
         before = len(self._charges)
         for tensor in _tensors_in((out,)):

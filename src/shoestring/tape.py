@@ -11,11 +11,13 @@ random numbers (5,056 bytes on a CPU); nothing else.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -26,22 +28,25 @@ from .errors import StackError
 class RandomState:
     """The random state of the CPU and of the device of a tensor, taken before a piece runs."""
 
-    __slots__ = ("cpu", "device", "device_state", "draws")
+    __slots__ = ("cpu", "device", "device_state", "draws", "fake")
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, x: Tensor) -> None:
         tracker = meter.active_tracker()
         self.draws = tracker.random_draws if tracker is not None else 0
-        self.cpu = torch.get_rng_state().clone()
-        self.device = device if device.type in ("cuda", "xpu") else None
+        self.fake = isinstance(x, FakeTensor)
+        # Under fake tensors the generators stand still; the state's bytes are counted all the same.
+        state = torch.get_rng_state
+        self.cpu = torch.empty(_cpu_state_bytes(), dtype=torch.uint8) if self.fake else state()
+        self.device = None if self.fake or x.device.type not in ("cuda", "xpu") else x.device
         self.device_state: Tensor | None = None
         if self.device is not None:
             self.device_state = _module(self.device).get_rng_state(self.device)
 
     def was_used(self) -> bool:
         """Whether random numbers were drawn since."""
-        tracker = meter.active_tracker()
-        if tracker is not None and tracker.random_draws != self.draws:
-            return True  # fake tensors draw without advancing the generator
+        if self.fake:
+            tracker = meter.active_tracker()
+            return tracker is not None and tracker.random_draws != self.draws
         if not torch.equal(self.cpu, torch.get_rng_state()):
             return True
         if self.device is None:
@@ -52,6 +57,9 @@ class RandomState:
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Draw the same numbers again; the state outside is left as it was."""
+        if self.fake:
+            yield
+            return
         now = torch.get_rng_state()
         torch.set_rng_state(self.cpu)
         now_device = None
@@ -64,6 +72,11 @@ class RandomState:
             torch.set_rng_state(now)
             if self.device is not None:
                 _module(self.device).set_rng_state(now_device, self.device)
+
+
+@functools.cache
+def _cpu_state_bytes() -> int:
+    return torch.default_generator.get_state().numel()
 
 
 def _module(device: torch.device) -> Any:
@@ -95,10 +108,13 @@ class Evaluation:
                     ]
 
     def first(self, x: Tensor) -> Any:
-        before = RandomState(x.device)
+        before = RandomState(x)
         versions = [b._version for _, b in self._buffers]
         output = self.fn(x)
-        self._random = before if before.was_used() else None
+        if before.was_used():
+            # A copy made by an operator, so that the bytes kept are seen by whoever counts them.
+            before.cpu = before.cpu.clone()
+            self._random = before
         for (name, buffer), version in zip(self._buffers, versions, strict=True):
             if buffer._version != version:
                 raise StackError(
