@@ -27,9 +27,14 @@ def test_a_saved_directory_verifies_and_leaves_nothing_beside_it(tmp_path):
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError, MemoryError])
 def test_an_interrupted_save_leaves_the_old_one(tmp_path, interruption):
     save(tmp_path / "model", "one")
-    with pytest.raises(interruption), checkpoint.atomic_directory(tmp_path / "model") as directory:
-        (directory / "a.txt").write_text("half")
-        raise interruption
+
+    def half_a_save():
+        with checkpoint.atomic_directory(tmp_path / "model") as directory:
+            (directory / "a.txt").write_text("half")
+            raise interruption
+
+    with pytest.raises(interruption):
+        half_a_save()
     assert checkpoint.verify(tmp_path / "model")
     assert (tmp_path / "model" / "a.txt").read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -109,7 +114,7 @@ def test_a_damaged_manifest_is_an_error_and_a_missing_one_is_not(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with (
-        pytest.raises(CheckpointError, match="Cannot write .*model"),
+        pytest.raises(CheckpointError, match=r"Cannot write .*model"),
         checkpoint.atomic_directory(tmp_path / "file" / "model"),
     ):
         pass

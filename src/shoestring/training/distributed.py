@@ -41,6 +41,19 @@ class World:
         dist.all_reduce(total)
         return list(map(float, total.tolist()))
 
+    def share(self, text: str) -> str:
+        """The first process's text, on all of them."""
+        if self.size == 1:
+            return text
+        # As bytes in a tensor: torch's own way to send objects pickles them.
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        length = torch.tensor([len(content)], device=self.device)
+        dist.broadcast(length, src=0)
+        if not self.is_first:
+            content = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        dist.broadcast(content, src=0)
+        return bytes(content.tolist()).decode()
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to call in training: averages gradients over the world in backward."""
         if self.size == 1:

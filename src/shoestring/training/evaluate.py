@@ -6,17 +6,17 @@ are as they were.
 """
 
 import contextlib
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..data.packing import Batch, Rows
 from ..errors import DataError
+from ..objectives.next_token import IGNORED, Evaluation, evaluate
 from .distributed import World
-from .step import Batch, LossFunction, num_targets, on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,31 +33,59 @@ class HeldOut:
         return asdict(self)
 
 
-def held_out_loss(
-    model: nn.Module,
-    batches: Iterable[tuple[Batch, int]],
-    *,
-    loss: LossFunction,
-    world: World,
-) -> HeldOut:
-    """Mean over all target tokens of all batches.
+class HeldOutRows:
+    """Rows of held-out text, spread evenly over all of it, and the bytes their targets spell.
 
-    batches: (batch of (B, T) tensors, UTF-8 bytes that its target tokens stand for).
+    count: how many rows, or all when there are fewer.  batch: rows scored at once.
     """
-    nats, tokens, num_bytes = 0.0, 0, 0
-    with evaluating(model), torch.no_grad():
-        for batch, size in batches:
-            count = num_targets(batch)
-            if count:
-                nats += float(loss(model, on_device(batch, world.device))) * count
-            tokens, num_bytes = tokens + count, num_bytes + size
-    if not tokens or not num_bytes:
-        raise DataError(
-            "the held-out data has no token to score",
-            expected="at least one full row",
-            hint="Hold out a larger share, or shorten data.sequence_length.",
-        )
-    return HeldOut(nats / tokens, nats / math.log(2) / num_bytes, tokens, num_bytes)
+
+    def __init__(self, rows: Rows, tokenizer: Any, *, count: int, batch: int, world: World) -> None:
+        total = len(rows)
+        count = min(count, total)
+        chosen = [i * total // count for i in range(count)]
+        spelled = Spelling(tokenizer)
+        self.num_bytes = sum(spelled.num_bytes(rows.row(i)[1].tolist()) for i in chosen)
+        if not self.num_bytes:
+            raise DataError(
+                "the held-out rows spell no text", expected="at least one byte to score",
+                hint="Hold out a larger share, or another text.",
+            )  # fmt: skip
+        self.batch = batch
+        self._rows, self._world = rows, world
+        self._mine = chosen[world.rank :: world.size]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self._mine), self.batch):
+            yield self._rows.batch(self._mine[start : start + self.batch])
+
+    def score(self, model: nn.Module) -> HeldOut:
+        """The model's loss on these rows; every process scores its own."""
+        mine = evaluate(model, self, device=self._world.device)
+        nats, targets = self._world.sum([mine.nats, mine.targets])
+        whole = Evaluation(nats, int(targets))
+        bits = whole.bits_per_byte(self.num_bytes)
+        return HeldOut(whole.loss, bits, whole.targets, self.num_bytes)
+
+
+class Spelling:
+    """How many bytes of text tokens stand for."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.all_special_ids)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        decoder = getattr(backend, "decoder", None)
+        # Byte-level vocabularies write every byte as one character, so lengths are exact even
+        # where a row begins inside a character; others can only be asked for their text.
+        self._is_byte_level = type(decoder).__name__ == "ByteLevel"
+
+    def num_bytes(self, ids: Sequence[int]) -> int:
+        """UTF-8 bytes of the text; special tokens and ignored labels spell nothing."""
+        spelling = [i for i in ids if i != IGNORED and i not in self._special]
+        if self._is_byte_level:
+            return sum(map(len, self._tokenizer.convert_ids_to_tokens(spelling)))
+        text: str = self._tokenizer.decode(spelling, clean_up_tokenization_spaces=False)
+        return len(text.encode())
 
 
 def continuation(

@@ -6,13 +6,19 @@ tensor of the first two steps and of one step in `EVERY`, which costs a share of
 only, and reads the process's resident bytes on every step.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from ..errors import OutOfBudget, TrainingDiverged
+from ..meter import Meter
+from ..rss import RssPeak
 from ..units import format_bytes
 
 EVERY = 100
@@ -73,48 +79,98 @@ def _diverged(step: int, what: str, bad_weight: str | None = None) -> TrainingDi
     return TrainingDiverged(f"step {step}: {what}", expected="finite numbers", hint=hint)
 
 
-class BudgetGuard:
-    """Holds what a step was measured to take against what it may take.
+@dataclass(slots=True)
+class Measured:
+    """What a watched piece of work took. peak_bytes and by_category: None where not measured."""
 
-    limit_bytes: the budget, None for none.  promised_bytes: the plan's peak, None without a plan.
-    slack: RSS may exceed the tensors of the budget by this share, because the allocator keeps
-    freed memory; base_bytes is what the process held besides tensors before the first step.
+    seconds: float = 0.0
+    peak_bytes: int | None = None
+    by_category: dict[str, int] | None = None
+
+
+class BudgetGuard:
+    """Holds what a piece of work was measured to take against what it may take.
+
+    limit_bytes: the budget; None for none.  promised_bytes: the plan's peak; None without a plan.
+    base_bytes: what the process holds besides tensors.  slack: RSS may exceed the tensors of the
+    budget by this share, because the allocator keeps freed memory.
     """
 
     def __init__(
-        self, *, limit_bytes: int | None, promised_bytes: int | None, base_bytes: int, slack: float
+        self,
+        device: torch.device,
+        *,
+        limit_bytes: int | None,
+        promised_bytes: int | None,
+        base_bytes: int,
+        slack: float,
     ) -> None:
+        self.device = device
         self.limit_bytes = limit_bytes
         self.promised_bytes = promised_bytes
         self.base_bytes = base_bytes
         self.slack = slack
-        self.peak_bytes = 0
-        self.rss_peak_bytes = 0
+        self.peak_bytes: int | None = None
+        self.by_category: dict[str, int] | None = None
+        self.rss_peak_bytes: int | None = None
+        self._rss = RssPeak()
+        self._is_stale = True
 
     def tracks(self, step: int) -> bool:
         """Whether the tensors of this step (counted from 1) are to be tracked."""
         return step <= 2 or step % EVERY == 0
 
-    def check_tensors(self, where: str, peak_bytes: int) -> None:
-        """OutOfBudget when live tensors reached more than the budget."""
-        self.peak_bytes = max(self.peak_bytes, peak_bytes)
+    @contextlib.contextmanager
+    def watch(
+        self, where: str, model: nn.Module, optimizer: Optimizer, *, tracked: bool
+    ) -> Iterator[Measured]:
+        """Measure the body; OutOfBudget after it when it took more than it may."""
+        seen = Measured()
+        is_cuda = self.device.type == "cuda"
+        if is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif self._is_stale:
+            # The tracker's own bookkeeping is in the process, but in no step without it.
+            self._rss.start()
+            self._is_stale = False
+        meter = Meter(model, optimizer) if tracked else contextlib.nullcontext()
+        started = time.perf_counter()
+        with meter:
+            yield seen
+        seen.seconds = time.perf_counter() - started
+        if isinstance(meter, Meter):
+            seen.peak_bytes, seen.by_category = meter.peak_bytes, meter.by_category
+        if is_cuda:
+            seen.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        if seen.peak_bytes is not None:
+            self._check_tensors(where, seen.peak_bytes, seen.by_category)
+        if tracked or is_cuda:
+            self._is_stale = True
+        elif (rss_bytes := self._rss.read()[0]) is not None:
+            self._check_process(where, rss_bytes)
+
+    def _check_tensors(
+        self, where: str, peak_bytes: int, by_category: dict[str, int] | None
+    ) -> None:
+        if peak_bytes > (self.peak_bytes or 0):
+            self.peak_bytes, self.by_category = peak_bytes, by_category
         if self.limit_bytes is not None and peak_bytes > self.limit_bytes:
-            raise self._over(where, "live tensors", peak_bytes, self.limit_bytes)
+            raise self._over(where, "live tensors", peak_bytes)
 
-    def check_process(self, where: str, rss_bytes: int) -> None:
-        """OutOfBudget when the process grew by more than the budget and the allocator's slack."""
+    def _check_process(self, where: str, rss_bytes: int) -> None:
         grown = rss_bytes - self.base_bytes
-        self.rss_peak_bytes = max(self.rss_peak_bytes, grown)
+        self.rss_peak_bytes = max(self.rss_peak_bytes or 0, grown)
         if self.limit_bytes is not None and grown > self.limit_bytes * (1 + self.slack):
-            raise self._over(where, "resident memory of the process", grown, self.limit_bytes)
+            raise self._over(where, "resident memory of the process", grown)
 
-    def _over(self, where: str, what: str, measured: int, limit: int) -> OutOfBudget:
+    def _over(self, where: str, what: str, measured: int) -> OutOfBudget:
+        assert self.limit_bytes is not None
         promise = "no plan promised a peak"
         if self.promised_bytes is not None:
             promise = f"the plan promised {format_bytes(self.promised_bytes)}"
         return OutOfBudget(
             f"{where}: {what} peaked at {format_bytes(measured)}; {promise}",
-            expected=f"at most the budget of {format_bytes(limit)}",
+            expected=f"at most the budget of {format_bytes(self.limit_bytes)}",
             hint=f"Set run.budget to {math.ceil(measured / 2**20)}MiB or more, or a smaller batch.",
             smallest_bytes=measured,
             instant=where,

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..checkpoint import write_text
 from ..errors import CheckpointError
@@ -27,7 +27,7 @@ class Record:
         self.directory = Path(config.run.directory)
         self._writes = writes
         self._progress = progress if writes else None
-        self._metrics = None
+        self._metrics: TextIO | None = None
         if writes:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -48,14 +48,18 @@ class Record:
         """One line of metrics.jsonl, and an event."""
         if self._metrics is not None:
             finite = {name: _finite(value) for name, value in facts.items()}
-            self._metrics.write(json.dumps(finite) + "\n")
+            self._metrics.write(json.dumps({"event": event, **finite}) + "\n")
             self._metrics.flush()
         self.tell(event, **facts)
 
+    def text(self, name: str, content: str) -> None:
+        """One text file of the directory, replaced whole."""
+        if self._writes:
+            write_text(self.directory / name, content)
+
     def file(self, name: str, content: Any) -> None:
         """One JSON file of the directory, replaced whole."""
-        if self._writes:
-            write_text(self.directory / name, json.dumps(content, indent=1) + "\n")
+        self.text(name, json.dumps(content, indent=1) + "\n")
 
     def close(self) -> None:
         """Close metrics.jsonl."""

@@ -4,18 +4,19 @@ Written whole or not at all (`checkpoint.atomic_directory`). Weights are safeten
 pickled; whoever has transformers can load a model of an ordinary architecture from it.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers.utils import logging
 
 from ..checkpoint import atomic_directory
 from ..errors import StackError
 from ..units import format_bytes
 
 
-def save_model(model: nn.Module, tokenizer: Any, directory: Path, *, card: str) -> None:
+def save_model(model: Any, tokenizer: Any, directory: Path, *, card: str) -> None:
     """Write `directory`, replacing what is there in one step. CheckpointError when it cannot be.
 
     model: has `save_pretrained`; tokenizer: likewise, or None; card: text of the README.md.
@@ -25,11 +26,23 @@ def save_model(model: nn.Module, tokenizer: Any, directory: Path, *, card: str) 
             f"{type(model).__name__} cannot be saved as a Hugging Face directory",
             expected="a transformers.PreTrainedModel, which has save_pretrained",
         )
-    with atomic_directory(directory) as temporary:
+    with atomic_directory(directory) as temporary, _no_progress_bar():
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws one while writing, over whatever else is on the terminal."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def model_card(receipt: Mapping[str, Any]) -> str:

@@ -6,19 +6,17 @@ only difference. Nothing is updated until every number has been found finite.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
+from ..objectives.next_token import Batch, num_targets, shares
 from .distributed import World
 from .guard import FiniteGuard
 from .optimizer import clip_, gradient_norm
 
-IGNORED = -100
-Batch = Mapping[str, Tensor]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -49,15 +47,14 @@ def update(
     """
     counts = [num_targets(batch) for batch in microbatches]
     total = int(world.sum([sum(counts)])[0])
-    if not total:
-        raise DataError(f"step {step}: no token of its rows is to be learned")
+    # DDP averages what the processes give; the shares are of all of them.
+    weights = shares(counts, total=total, world=world.size)
     losses = []
-    for index, (batch, count) in enumerate(zip(microbatches, counts, strict=True)):
+    for index, (batch, weight) in enumerate(zip(microbatches, weights, strict=True)):
         averages = index == len(microbatches) - 1
         with contextlib.nullcontext() if averages else _accumulating(model):
-            mean = loss(model, on_device(batch if count else _with_a_target(batch), world.device))
-            # DDP divides by the number of processes; the count is already of all of them.
-            (mean * (count * world.size / total)).backward()
+            mean = loss(model, on_device(batch if weight else _with_a_target(batch), world.device))
+            (mean * weight).backward()
         losses.append(mean.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     *means, norm = torch.stack([*losses, gradient_norm(parameters).to(losses[0].device)]).tolist()
@@ -67,11 +64,6 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     nats = sum(mean * count for mean, count in zip(means, counts, strict=True))
     return Updated(world.sum([nats])[0] / total, norm, total)
-
-
-def num_targets(batch: Batch) -> int:
-    """Tokens a batch is scored on: labels are shifted by the model, so the first are not."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -1,0 +1,151 @@
+"""The plan of a run, made before the model exists, and what an evaluation may take.
+
+In a group of processes the first one's plan is everybody's: what was timed differs between them.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..errors import ConfigError, OutOfBudget
+from ..meter import Tracker
+from ..objectives.next_token import Batch
+from ..planner import Plan, plan
+from ..planner.budget import automatic
+from ..planner.fake import fake_batch, fake_model
+from ..planner.ways import allowed
+from ..units import format_bytes
+from .config import RunConfig
+from .distributed import World
+from .optimizer import OptimizerFactory
+from .step import LossFunction
+
+Build = Callable[[], nn.Module]
+
+
+def make_plan(
+    config: RunConfig,
+    build: Build,
+    batch: Batch,
+    *,
+    loss: LossFunction,
+    optimizer: OptimizerFactory,
+    world: World,
+) -> Plan | None:
+    """The plan for a model that `build` makes, or None where run.budget is "none".
+
+    OutOfBudget when nothing fits.
+    """
+    if config.plan.file:
+        return Plan.from_json(_read(Path(config.plan.file)))
+    if config.run.budget == "none":
+        return None
+    text = ""
+    if world.is_first:
+        text = plan(
+            build,
+            batch,
+            budget=_budget(config, world),
+            optimizer=optimizer,
+            allow=_methods(config),
+            loss=_as_in_update(loss),
+            # DDP keeps gradients in its buckets from step to step; a second microbatch finds
+            # those of the first, which is the same to the planner.
+            accumulate=max(config.optim.accumulate, 2 if world.size > 1 else 1),
+            # Whether or not they are clipped, the norm of all gradients is taken.
+            grad_clip=config.optim.grad_clip or 1.0,
+        ).to_json()
+    return Plan.from_json(world.share(text))
+
+
+def _as_in_update(loss: LossFunction) -> LossFunction:
+    """The loss with what `step.update` does to it, to the last byte: it is weighted, and its
+    value is kept to the end of the step."""
+    values = []
+
+    def weighted(model: nn.Module, batch: Batch) -> torch.Tensor:
+        mean = loss(model, batch)
+        values.append(mean.detach())
+        return mean * 1.0
+
+    return weighted
+
+
+def rows_that_fit(
+    build: Build, batch: Batch, chosen: Plan | None, *, loss: LossFunction, limit: int | None
+) -> int:
+    """How many rows of `batch` an evaluation can score at once within `limit` bytes.
+
+    Weights and optimizer states stay where they are meanwhile. OutOfBudget when not even one.
+    """
+    rows = len(batch["input_ids"])
+    if limit is None:
+        return rows
+    peak = 0
+    while rows:
+        part = {name: tensor[:rows] for name, tensor in batch.items()}
+        peak = evaluation_bytes(build, part, chosen, loss=loss)
+        if peak <= limit:
+            return rows
+        rows //= 2
+    raise OutOfBudget(
+        f"scoring one held-out row needs {format_bytes(peak)}",
+        expected=f"at most the budget of {format_bytes(limit)}",
+        hint="Set run.budget higher or data.sequence_length lower.",
+        smallest_bytes=peak,
+        instant="evaluation",
+    )
+
+
+def evaluation_bytes(build: Build, batch: Batch, chosen: Plan | None, *, loss: LossFunction) -> int:
+    """Predicted peak of scoring `batch`: a forward of a fake twin, and AdamW's two states."""
+    mode = FakeTensorMode()
+    twin = fake_model(build, mode)
+    fake = fake_batch(batch, mode)
+    with mode:
+        if chosen is not None:
+            chosen.apply(twin)
+        twin.eval()
+        trained = [p for p in twin.parameters() if p.requires_grad]
+        states = [torch.empty_like(p) for p in trained for _ in range(2)]
+        tracker = Tracker()
+        tracker.seed(twin)
+        tracker.assign("optimizer", states)
+        tracker.assign("other", fake.values())
+        with tracker, torch.no_grad():
+            loss(twin, fake)
+    return tracker.ledger.peak
+
+
+def _budget(config: RunConfig, world: World) -> int | str:
+    if config.run.budget != "auto":
+        return config.run.budget
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world.device.type == "cpu" else 1
+    return "auto" if sharers == 1 else automatic(0, world.device) // sharers
+
+
+def _methods(config: RunConfig) -> str | list[str]:
+    """What the planner may use: run.allow, narrowed by plan.only and plan.never."""
+    only, never = config.plan.only, config.plan.never
+    if not only and not never:
+        return config.run.allow
+    allowed([*only, *never])  # names nobody knows are an error
+    names = [method.name for method in allowed(config.run.allow)]
+    for name in only:
+        if name not in names:
+            raise ConfigError(
+                f"plan.only names {name!r}, which run.allow = {config.run.allow!r} forbids",
+                expected=f"some of {names}",
+            )
+    return [name for name in only or names if name not in never]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"plan.file = {str(path)!r} cannot be read: {error}") from None
