@@ -6,8 +6,8 @@ import sys
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data.conftest import conversation, sentences, write_jsonl
 
+from data.conftest import conversation, sentences, write_jsonl
 from shoestring.data import open_source
 from shoestring.errors import DataError
 
@@ -133,8 +133,9 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     assert "pip install 'shoestring[data]'" in message(path)
 
 
-def test_hub_data_set_by_its_name_and_split(tmp_path):
-    pytest.importorskip("datasets")
+def test_hub_data_set_by_its_name_and_split(tmp_path, tmp_path_factory, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hub"))
     for split in ("train", "test"):
         write_jsonl(tmp_path / f"{split}.jsonl", [{"text": f"{split} {i}"} for i in range(3)])
     train = open_source(f"hf:{tmp_path}")

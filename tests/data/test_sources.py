@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from data.conftest import sentences, write_jsonl
 
+from data.conftest import sentences, write_jsonl
 from shoestring.data import open_source
 from shoestring.data import text as text_files
 from shoestring.data.text import read_text
@@ -160,7 +160,7 @@ def test_split_of_many_documents_holds_out_about_the_share(tmp_path):
 
 def test_split_of_one_document_is_an_error(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}] * 3)
-    with pytest.raises(DataError, match="only one distinct document.*tail"):
+    with pytest.raises(DataError, match=r"only one distinct document.*tail"):
         list(open_source(path).split()[1])
 
 
@@ -255,5 +255,3 @@ def test_unreadable_file(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"a\.txt cannot be read \(Permission denied\)"):
         list(source)
-
-

@@ -33,14 +33,14 @@ _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 def open_source(
-    spec: str | Path, *, field: str = TEXT, suffixes: Sequence[str] = SUFFIXES
+    spec: str | Path, *, field: str | None = None, suffixes: Sequence[str] = SUFFIXES
 ) -> Source:
     """The documents that `spec` names (see above).
 
-    field: the field of a row to read; where the default is not there, `messages` is.
+    field: the field of a row to read; by default `text`, or `messages` where there is no `text`.
     suffixes: which files of a folder are read.  DataError when the source cannot be used.
     """
-    text = str(spec).strip()
+    text, field = str(spec).strip(), field or TEXT
     if text == STDLIB:
         return stdlib_source()
     if text.startswith("hf:"):
