@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from data.conftest import WORDS, conversation, sentences, write_jsonlfrom tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from data.conftest import WORDS, conversation, sentences, write_jsonl
 from shoestring.data import cache as caches
 from shoestring.data import corpus as corpora
 from shoestring.data import default_cache, encode, open_source, train_tokenizer
