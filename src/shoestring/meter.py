@@ -34,6 +34,10 @@ _LOSS_OPERATORS = frozenset(
     "_log_softmax nll_loss_forward nll_loss2d_forward mse_loss binary_cross_entropy "
     "binary_cross_entropy_with_logits smooth_l1_loss huber_loss kl_div".split()
 )
+# Elementwise operators that first copy operands of another dtype to the common one (CPU).
+_PROMOTING = frozenset(
+    "add add_ sub sub_ mul mul_ div div_ eq ne lt le gt ge maximum minimum pow".split()
+)
 _ACTIVE: list["Tracker"] = []
 
 
@@ -91,11 +95,12 @@ class Ledger:
             pairs = zip(self.timeline[::2], self.timeline[1::2], strict=False)
             self.timeline = [max(pair, key=lambda point: point[1]) for pair in pairs]
 
-    def settle(self, phase: str, operator: str) -> None:
-        """Take the present as the peak when it is higher."""
-        if self.live > self.peak:
-            self.peak = self.live
+    def settle(self, phase: str, operator: str, scratch: int = 0) -> None:
+        """Take the present, with what the operator held for itself, as the peak if higher."""
+        if self.live + scratch > self.peak:
+            self.peak = self.live + scratch
             self.peak_by_category = dict(self.by_category)
+            self.peak_by_category["transient"] += scratch
             self.peak_phase, self.peak_operator = phase, operator
             self.peak_serial = self.serial
 
@@ -219,7 +224,7 @@ class Tracker(TorchDispatchMode):
         for tensor in _tensors_in((out,)):
             self._charge(tensor, inside=True, category="transient")
         if len(self._charges) != before:
-            self._settle(name)
+            self._settle(name, _cast_bytes(name, args) if name in _PROMOTING else 0)
         return out
 
     # ---- charging --------------------------------------------------------------------------
@@ -294,9 +299,9 @@ class Tracker(TorchDispatchMode):
             ledger.peak_by_category[category] += charge.nbytes
         charge.category = category
 
-    def _settle(self, operator: str) -> None:
+    def _settle(self, operator: str, scratch: int = 0) -> None:
         for ledger in self.ledgers.values():
-            ledger.settle(self.phase, operator)
+            ledger.settle(self.phase, operator, scratch)
             ledger.note(self.phase)
 
     # ---- parameters, gradients, optimizer --------------------------------------------------
@@ -478,6 +483,19 @@ def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor._values()
     else:
         yield tensor
+
+
+def _cast_bytes(operator: str, args: tuple[Any, ...]) -> int:
+    """Bytes TensorIterator takes to bring operands of mixed dtype to their common dtype."""
+    operands = [each for each in args if isinstance(each, Tensor) and each.dim() > 0]
+    if len(operands) < 2 or operands[0].dtype is operands[1].dtype:
+        return 0
+    if operands[0].device.type != "cpu":
+        return 0
+    common = torch.result_type(operands[0], operands[1])
+    if operator.endswith("_"):
+        operands.append(operands[0])  # read and written, each through its own copy
+    return sum(each.numel() * common.itemsize for each in operands if each.dtype is not common)
 
 
 def _rounded(nbytes: int, device: str) -> int:

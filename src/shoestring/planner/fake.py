@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import ConfigError
 from ..meter import Tracker
+from .fidelity import RealKernels, known_positions, without_trivial_masks
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -59,6 +60,7 @@ def simulate(
     autocast: torch.dtype | None = None,
     accumulate: int = 1,
     grad_clip: float | None = None,
+    mask: Literal["worst", "given"] = "worst",
 ) -> Profile:
     """Run whole training steps on a fake twin and tell what they would hold.
 
@@ -69,11 +71,13 @@ def simulate(
     optimizer: trainable parameters -> Optimizer; fused AdamW when left out.
     steps: optimizer steps; the optimizer's state appears in the first, so two show the peak.
     accumulate: forward and backward passes in each step.  autocast: dtype of the forward.
+    mask: an attention mask of all ones is dropped by a real run, one with padding is not and
+    needs more; "worst" counts as if it had padding, "given" believes the batch.
     """
     mode = FakeTensorMode()
     twin = fake_model(model_or_config, mode)
-    fake = fake_batch(batch, mode)
-    with mode:
+    fake = fake_batch(batch if mask == "worst" else without_trivial_masks(batch), mode)
+    with mode, RealKernels(), known_positions(batch):
         if apply is not None:
             apply(twin)
         twin.train()
