@@ -31,10 +31,10 @@ class Common:
 def parse(kind: type[T], verb: str, args: Sequence[str], default: T | None = None) -> T:
     """The arguments of a verb. ConfigError for bad ones; SystemExit(0) after printing help."""
     said = io.StringIO()
-    given = {} if default is None else {"default": default}
+    start = tyro.MISSING_NONPROP if default is None else default
     try:
         with contextlib.redirect_stderr(said):
-            value = tyro.cli(kind, prog=f"shoestring {verb}", args=args, **given)
+            value = tyro.cli(kind, prog=f"shoestring {verb}", args=args, default=start)
     except SystemExit as stop:
         if not stop.code:
             raise

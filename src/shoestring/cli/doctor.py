@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ..errors import ConfigError
 from ..units import format_bytes
 from .arguments import Common
 from .terminal import Terminal
@@ -60,19 +61,18 @@ def _versions(names: tuple[str, ...]) -> dict[str, str | None]:
 def _devices() -> list[dict[str, Any]]:
     import torch
 
-    from ..planner.budget import free_bytes
+    from ..planner.budget import cpu_free_bytes
 
-    cpu = {
-        "name": "cpu",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "free_bytes": free_bytes(torch.device("cpu")),
-    }
-    devices = [cpu]
+    try:
+        free: int | None = cpu_free_bytes()
+    except ConfigError:  # this system does not tell
+        free = None
+    cores = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    devices: list[dict[str, Any]] = [{"name": "cpu", **cores, "free_bytes": free}]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        free, total = torch.cuda.mem_get_info(index)
-        name = torch.cuda.get_device_name(index)
-        devices.append({"name": f"cuda:{index} {name}", "free_bytes": free, "total_bytes": total})
+        left, total = torch.cuda.mem_get_info(index)
+        name = f"cuda:{index} {torch.cuda.get_device_name(index)}"
+        devices.append({"name": name, "free_bytes": left, "total_bytes": total})
     return devices
 
 
@@ -120,7 +120,7 @@ def _trained(*, stores: bool) -> dict[str, Any]:
     from ..stack import Span, Stack
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 12}
+    shape: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 12}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT(GPTConfig(**shape, num_attention_heads=2, rule="feistel")).to(device).train()

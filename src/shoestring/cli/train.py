@@ -51,9 +51,10 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
 
     if os.environ.get("RANK", "0") != "0":
         return _status(train(arguments.config).receipt)
-    with Watcher(terminal) as watch:
+    with Watcher(terminal, arguments.config.run) as watch:
         done = train(arguments.config, progress=watch)
-    terminal.say(*watch.summary(done.receipt))
+    terminal.emit({"event": "done", "directory": str(done.directory), "receipt": done.receipt})
+    terminal.say(watch.summary(done.receipt), f"the run is in {done.directory}")
     return _status(done.receipt)
 
 
