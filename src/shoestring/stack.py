@@ -148,10 +148,10 @@ class Runner:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (torch.is_grad_enabled() or self.executor.always):
             return self.original(*args, **kwargs)
-        if torch.is_grad_enabled():
-            args, kwargs = without_cache(args, kwargs)
         block = self._block()
         assert block is not None
+        if torch.is_grad_enabled():
+            args, kwargs = without_cache(block, args, kwargs)
         return self.executor.run(
             self.position, block, BlockCall.bind(self.original, args, kwargs)
         )
@@ -173,10 +173,11 @@ _cache_dropped = False
 
 
 def without_cache(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments without a key/value cache: training does not read one, and running a block
-    again in backward would append to it a second time."""
+    again in backward would append to it a second time. StackError when the cache has entries for
+    this block already (prefix tuning): without them it would compute something else."""
     cache_utils = sys.modules.get("transformers.cache_utils")
     cache_type = getattr(cache_utils, "Cache", ()) if cache_utils else ()
     dropped = False
@@ -184,6 +185,13 @@ def without_cache(
     def clean(value: Any) -> Any:
         nonlocal dropped
         if isinstance(value, cache_type):
+            if _is_filled(value, block):
+                raise StackError(
+                    f"{type(block).__name__} is called with gradients on and a key/value cache "
+                    "that has entries already (prefix tuning does this)",
+                    expected="an empty cache or none, because a planned block runs without one",
+                    hint="Train such a model without a plan.",
+                )
             dropped = True
             return None
         return value
@@ -191,15 +199,25 @@ def without_cache(
     args = tuple(clean(a) for a in args)
     new_kwargs = {}
     for name, value in kwargs.items():
+        value = clean(value)
         if name in CACHE_ARGUMENTS and value is not None and value is not False:
             dropped = dropped or value is not True
             value = False if name == "use_cache" else None
-        new_kwargs[name] = clean(value)
+        new_kwargs[name] = value
     global _cache_dropped
     if dropped and not _cache_dropped:
         _cache_dropped = True
         log.info("the key/value cache is dropped while gradients are on (use_cache is ignored)")
     return args, new_kwargs
+
+
+def _is_filled(cache: Any, block: nn.Module) -> bool:
+    """Whether a transformers cache has entries for this block, found by its layer index."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    numbers = (getattr(m, "layer_idx", None) for m in block.modules())
+    index = next((n for n in numbers if isinstance(n, int)), 0)
+    layers = getattr(cache, "layers", ())
+    return index < len(layers) and bool(getattr(layers[index], "is_initialized", False))
 
 
 class Stack:

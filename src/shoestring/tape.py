@@ -87,7 +87,7 @@ class Evaluation:
     """One evaluation of `fn(x)` in forward that can be repeated exactly.
 
     Normalisation statistics move once: a repeat computes with the batch's own statistics and
-    leaves the running ones alone. A piece that changes any other buffer of its own in forward
+    moves copies of the running ones. A piece that changes any other buffer of its own in forward
     cannot be repeated; that is a StackError at the first forward, never a wrong gradient.
     """
 
@@ -130,8 +130,11 @@ class Evaluation:
                 stack.enter_context(self._random.restored())
             for norm in self._norms:
                 if norm.training and norm.track_running_stats:
-                    stack.callback(setattr, norm, "track_running_stats", True)
-                    norm.track_running_stats = False
+                    # Copies move in place of the statistics. Not tracking them would compute
+                    # the same, but save other tensors than forward did.
+                    own = dict(norm._buffers)
+                    stack.callback(norm._buffers.update, own)
+                    norm._buffers.update({k: b.clone() for k, b in own.items() if b is not None})
             return self.fn(x)
 
 
