@@ -105,7 +105,7 @@ def _peak(planner: Planner, step: Step) -> int:
         bare(model)
         apply_ways(model, smallest.patches, smallest.spans)
 
-    return step.simulate(put).peak_bytes
+    return step.simulate_second(put).peak_bytes
 
 
 def _allowing(planner: Planner) -> Iterator[Attempt]:
@@ -156,7 +156,7 @@ def _cut(step: Step, dimension: int, length: int) -> Step:
 def _fewer_blocks(planner: Planner, step: Step, also: str) -> Iterator[Attempt]:
     """The stack halved again and again, every block spending as little as it can."""
     path, n = planner.base.stack.path, len(planner.base.stack)
-    way = planner.offer.streams or planner.offer.redo or planner.offer.kept[0]
+    way = planner.offer.redo or planner.offer.kept[0]
     patches = planner.smallest.patches
     count = n // 2
     while count >= 2:
@@ -169,7 +169,7 @@ def _fewer_blocks(planner: Planner, step: Step, also: str) -> Iterator[Attempt]:
                 del container[count:]
                 apply_ways(model, patches, (Span(0, len(Stack.of(model)), way.method, way.config),))
 
-            return step.simulate(put).peak_bytes
+            return step.simulate_second(put).peak_bytes
 
         yield f"{n} -> {count} blocks{also}", attempt
         count //= 2

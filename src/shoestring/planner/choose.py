@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..stack import Span, Stack
-from .chain import Chain, Redone, Schedule, evaluate, keep_all, nested
+from .chain import Chain, Kept, Redone, Schedule, evaluate, keep_all, nested
 from .cost import Profile, Step, Twin, measure_chain, optimizer_bytes
 from .solver import Solver
 from .timing import Timer
@@ -57,6 +57,16 @@ class Variant:
     resident: int
     fixed_seconds: float = 0.0
 
+    def schedules(self) -> list[Schedule]:
+        """The schedules worth a look."""
+        if not self.offer.streams:
+            return [c.schedule for c in Solver(self.chain).frontier()]
+        n = len(self.chain.blocks)
+        return [
+            tuple(Redone(i, i + 1) if i < n - top else Kept(i, 0) for i in range(n))
+            for top in range(n + 1)
+        ]
+
     def choice(self, schedule: Schedule, floor: int) -> Choice:
         outcome = evaluate(self.chain, schedule)
         return Choice(
@@ -68,6 +78,9 @@ class Variant:
 
 def spans_of(schedule: Schedule, offer: Offer) -> tuple[Span, ...]:
     """The schedule as spans, neighbours run the same way in one span."""
+    if offer.streams:
+        top, way = sum(isinstance(p, Kept) for p in schedule), offer.kept[0]
+        return (Span(0, len(schedule), way.method, {**way.config, "keep_top": top}),)
     spans: list[Span] = []
     run: list[Redone] = []
 
@@ -114,8 +127,8 @@ class Planner:
         self.base = Twin(step, bare)
         self.offer = offer_for(self.base.stack, self.methods)
         self.timer = Timer(step)
-        self._profiles: dict[str, Profile] = {}
-        if not self.offer.kept and self.offer.streams is None:
+        self._profiles: dict[Any, Profile] = {}
+        if not self.offer.kept:
             raise ConfigError(
                 f"allow = {allow!r} leaves no way to run the blocks of {self.base.stack!r}",
                 expected="at least one method that fits",
@@ -188,85 +201,60 @@ class Planner:
         return self._curve(timed=True)
 
     def _curve(self, *, timed: bool) -> list[Choice]:
-        if self.offer.streams is not None:
-            found = self._streams_choices(timed=timed)
-        else:
-            variants = self._timed_variants if timed else self.variants
-            found = [
-                v.choice(c.schedule, self.floor)
-                for v in variants
-                for c in Solver(v.chain).frontier()
-            ]
+        variants = self._timed_variants if timed else self.variants
+        found = []
+        for v in variants:
+            choices = [v.choice(s, self.floor) for s in v.schedules()]
+            found += self._anchored(choices) if self.offer.streams else choices
         kept: list[Choice] = []
         for c in sorted(found, key=lambda c: (c.peak_bytes, c.seconds, len(c.patches))):
             if not kept or c.seconds < kept[-1].seconds:
                 kept.append(c)
         return kept
 
+    def _anchored(self, choices: list[Choice]) -> list[Choice]:
+        """Choices of which each keeps one block more than the last, with peaks corrected by
+        simulating the first and the last: what a block holds in the middle of a stack that is
+        rebuilt from its end cannot be measured on it alone."""
+        first, last = (
+            self.simulate(c).peak_bytes - c.peak_bytes for c in (choices[0], choices[-1])
+        )
+        steps = max(1, len(choices) - 1)
+        return [
+            replace(c, peak_bytes=c.peak_bytes + first + (last - first) * k // steps)
+            for k, c in enumerate(choices)
+        ]
+
     @cached_property
     def _timed_variants(self) -> list[Variant]:
         return [self.with_seconds(v) for v in self.variants]
 
-    def _streams_choices(self, *, timed: bool) -> list[Choice]:
-        """A stack that rebuilds from its end: how many last blocks keep their graph."""
-        streams, n = self.offer.streams, len(self.base.stack)
-        assert streams is not None
-        found = []
-        for patches in self._stream_patches:
-            redo, keep, fixed = self._streams_seconds(patches, timed and self.timed)
-            ends = [self.simulate(_streams_choice(streams, patches, n, k)).peak_bytes
-                    for k in (0, n - 1, n)]  # fmt: skip
-            for k in range(n + 1):
-                # Above the floor the peak is a straight line in k.
-                line = ends[2] - (n - k) * (ends[2] - ends[1])
-                found.append(replace(
-                    _streams_choice(streams, patches, n, k), peak_bytes=max(ends[0], line),
-                    seconds=sum(redo[: n - k]) + sum(keep[n - k :]) + fixed,
-                ))  # fmt: skip
-        return found
-
-    @cached_property
-    def _stream_patches(self) -> list[tuple[Way, ...]]:
-        with self.base.mode:
-            return patches_for(self.base.model, self.methods)
-
-    def _streams_seconds(
-        self, patches: tuple[Way, ...], timed: bool
-    ) -> tuple[list[float], list[float], float]:
-        """For every block: replayed, and with its graph kept; and the rest of the step."""
-        streams, n = self.offer.streams, len(self.base.stack)
-        assert streams is not None
-        if not timed:
-            return [4.0] * n, [3.0] * n, 0.0
-        ways = [Way(streams.method, {**streams.config, "keep_top": k}) for k in (0, 1)]
-        kinds = self.base.kinds()
-        times = {
-            k: self.timer.block(self.base, self.base, k, ways, patches) for k in sorted(set(kinds))
-        }
-        keep = [min(sum(times[k][1]), sum(times[k][0])) for k in kinds]
-        fixed = self.timer.turn(self.base, patches) + self._optimizer_seconds
-        return [sum(times[k][0]) for k in kinds], keep, fixed
-
     # -- the promise -------------------------------------------------------------------------
 
     def simulate(
-        self, choice: Choice, *, prepare: Callable[[nn.Module], Any] | None = None
+        self, choice: Choice, *, prepare: Callable[[nn.Module], None] = bare, whole: bool = False
     ) -> Profile:
-        """Whole steps with the choice in place."""
-        key = choice.key + ("" if prepare is None else prepare.__name__)
+        """A step with the choice in place; `whole`: from the first step on, as promised."""
+        key = (choice.key, prepare, whole)
         if key not in self._profiles:
 
             def put(model: nn.Module) -> None:
-                (prepare or bare)(model)
+                prepare(model)
                 apply_ways(model, choice.patches, choice.spans)
 
-            self._profiles[key] = self.step.simulate(put)
+            run = self.step.simulate if whole else self.step.simulate_second
+            self._profiles[key] = run(put)
         return self._profiles[key]
+
+    def promise(self, choice: Choice) -> Profile:
+        """What the choice is promised to need: whole steps, never less than the quick look."""
+        whole, quick = self.simulate(choice, whole=True), self.simulate(choice)
+        return whole if whole.peak_bytes >= quick.peak_bytes else quick
 
     @cached_property
     def smallest_bytes(self) -> int:
         """The smallest budget that works."""
-        return self.simulate(self.smallest).peak_bytes
+        return self.promise(self.smallest).peak_bytes
 
     def choose(self, budget: int) -> Choice | None:
         """The fastest choice whose simulated peak is within the budget, or None."""
@@ -281,7 +269,7 @@ class Planner:
                 low = middle
             else:
                 high = middle
-        while low >= 0 and self.simulate(self.curve[low]).peak_bytes > budget:
+        while low >= 0 and self.promise(self.curve[low]).peak_bytes > budget:
             low -= 1
         return self.curve[low] if low >= 0 else self._slowest()
 
@@ -305,8 +293,8 @@ class Planner:
 
     def alternatives(self) -> list[tuple[str, Choice, Profile]]:
         """The usual schemes beside the plan: everything kept, every block run again, nested."""
-        streams = self.offer.streams is not None
-        variant = self._plain_variant if streams else self.with_seconds_of_base
+        streams = self.offer.streams
+        variant = self._plain_variant if streams else self._base_variant
         chain, n = variant.chain, len(variant.chain.blocks)
         schemes: list[tuple[str, Schedule]] = []
         if all(b.options for b in chain.blocks):
@@ -318,7 +306,7 @@ class Planner:
         rows = []
         for name, schedule in schemes:
             choice = variant.choice(schedule, self.floor)
-            profile = self.simulate(choice, prepare=strip if streams else None)
+            profile = self.simulate(choice, prepare=strip if streams else bare)
             rows.append((f"plain: {name}" if streams else name, choice, profile))
         return rows
 
@@ -327,13 +315,8 @@ class Planner:
         return self.with_seconds(self.variant((), plain=True))
 
     @cached_property
-    def with_seconds_of_base(self) -> Variant:
+    def _base_variant(self) -> Variant:
         return next(v for v in self._timed_variants if not v.patches)
-
-
-def _streams_choice(streams: Way, patches: tuple[Way, ...], n: int, keep_top: int) -> Choice:
-    span = Span(0, n, streams.method, {**streams.config, "keep_top": keep_top})
-    return Choice(patches=patches, spans=(span,), peak_bytes=0, seconds=0.0)
 
 
 def timed_block(block: Any, times: Iterable[tuple[float, float]]) -> Any:

@@ -96,7 +96,7 @@ class PlanFor:
 
     def _plan(self, choice: Choice, limit: int) -> Plan:
         chosen = self.planner
-        profile = chosen.simulate(choice)
+        profile = chosen.promise(choice)
         rows = tuple(
             Row(name, p.peak_bytes, c.seconds if chosen.timed else None, p.instant)
             for name, c, p in chosen.alternatives()

@@ -45,9 +45,10 @@ class Offer:
     kept: tuple[Way, ...]
     """Ways to keep (part of) a block's graph; the first keeps all of it."""
     redo: Way | None = None
-    """The way that runs blocks again from their inputs."""
-    streams: Way | None = None
-    """The way that rebuilds the whole stack from its end; nothing else is on offer then."""
+    """The way that runs blocks again from their inputs, or from the streams."""
+    streams: bool = False
+    """Whether the whole stack is rebuilt from its end: one span then, and what is kept is its
+    last `keep_top` blocks. The two ways above are those of a stack of one block."""
 
 
 def allowed(allow: Allow) -> list[Method]:
@@ -76,7 +77,9 @@ def offer_for(stack: Stack, methods: Iterable[Method]) -> Offer:
     spans = [m for m in methods if m.promises.applies_to == "span" and m.fits(stack) is None]
     streams = [m for m in spans if m.promises.rebuilds == "streams"]
     if streams:
-        return Offer(kept=(), streams=Way(streams[0].name))
+        name = streams[0].name
+        return Offer(kept=(Way(name, {"keep_top": 1}),), redo=Way(name, {"keep_top": 0}),
+                     streams=True)  # fmt: skip
     kept = [Way(m.name) for m in spans if _keeps(m)]
     redo = next((m for m in spans if m.promises.rebuilds == "input"), None)
     if redo is None:
