@@ -20,7 +20,7 @@ n / 8 bytes per step more. Time: one more forward of every sub-block.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,8 +71,9 @@ class Step:
     sign: Tensor | None = None  # +-1 per sample, (batch, 1, ...), for rules that draw
     plain: bool = False  # x[k+1] = x[k] + f(x[k]): first step and eval mode of rules that draw
     bits: Tensor | None = None  # packed side bits (BDIA)
+    output: Tensor | None = None  # f_k's output, where it is held to shorten the replay
     sums: tuple[int, int] | None = None  # checksum of x[k-1] (verify)
-    shape: torch.Size = torch.Size()
+    shape: torch.Size = field(default_factory=torch.Size)
 
 
 class StreamTape:
@@ -166,6 +167,14 @@ class StreamTape:
     def _read(self, which: int, dtype: torch.dtype) -> Tensor:
         return self.grid.decode(self.pair[which], dtype)
 
+    def input_and_down(self, k: int, dtype: torch.dtype) -> Tensor:
+        """`input_of` for a step whose output is held: the walk goes on without waiting for it."""
+        x = self.input_of(k, dtype)
+        held, self.steps[k].output = self.steps[k].output, None
+        if held is not None:
+            self.step_down(k, held)
+        return x  # in a second backward nothing is held, and the next question walks down
+
     def step_down(self, k: int, output: Any) -> None:
         """From (x[k], x[k+1]) and f_k's repeated output to (x[k-1], x[k])."""
         assert self.level == k + 1
@@ -231,7 +240,8 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.dtype = x.dtype
-        return _carrier(x)
+        # Its dtype is that of the stream's gradient: never 16 bits.
+        return _carrier(x, torch.float64 if x.dtype == torch.float64 else torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -259,7 +269,7 @@ class _Advance(torch.autograd.Function):
         ctx: Any, prev: Tensor, cur: Tensor, u: Tensor, rule: Rule, step: Step
     ) -> Tensor:
         ctx.rule, ctx.plain, ctx.sign, ctx.dtype = rule, step.plain, step.sign, u.dtype
-        return _carrier(cur)
+        return _carrier(cur, cur.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -286,8 +296,9 @@ def _times(grad: Tensor, factor: Any) -> Tensor | None:
     return grad * factor
 
 
-def _carrier(like: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.float32, device=like.device).expand(like.shape)
+def _carrier(like: Tensor, dtype: torch.dtype) -> Tensor:
+    # NaN, so that whatever takes it for values (a hook on a layer, say) is seen to be wrong.
+    return torch.full((), math.nan, dtype=dtype, device=like.device).expand(like.shape)
 
 
 class StreamRun:
@@ -322,8 +333,20 @@ class StreamRun:
         self.tape.sizes.append(largest(x))
         return x
 
-    def step(self, f: Callable[[Tensor], Any], module: nn.Module | None, *, replay: bool) -> Any:
-        """Advance by sub-block f; returns f's raw output (its update may be its first element)."""
+    def step(
+        self,
+        f: Callable[[Tensor], Any],
+        module: nn.Module | None,
+        *,
+        replay: bool,
+        hold_output: bool = False,
+    ) -> Any:
+        """Advance by sub-block f; returns f's raw output (its update may be its first element).
+
+        hold_output: keep f's output as well (n elements of its dtype). The replay then ends with
+        the last tensor that backward needs, before f's last matrix product. Not with verify,
+        which compares what the replay gives.
+        """
         tape, k = self.tape, self.count
         replay = replay and not self.plain
         step = Step(Evaluation(f, module))
@@ -334,13 +357,19 @@ class StreamRun:
                 raise StackError("a replayed step after a kept one")
             tape.steps.append(step)
             dtype = self.dtype
+            hold_output = hold_output and not tape.verify
+            # Nothing is below the first step, so its replay need not reach its output either.
+            short = hold_output or (k == 0 and not tape.verify)
+            find = tape.input_and_down if hold_output else tape.input_of
             output = replayed(
                 step.evaluation,
                 self._read(),
-                lambda: tape.input_of(k, dtype),
-                after=None if k == 0 and not tape.verify else lambda out: tape.step_down(k, out),
-                early_stop=k == 0 and not tape.verify,
+                lambda: find(k, dtype),
+                after=None if short else lambda out: tape.step_down(k, out),
+                early_stop=short,
             )
+            if hold_output:
+                step.output = hidden_of(output).detach()
         else:
             if tape.level < 0 and tape.steps:
                 tape.seal(self.prev, self.cur)

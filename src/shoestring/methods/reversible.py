@@ -17,8 +17,9 @@ layer(x) - x` would cancel.
 Source: arXiv 1707.04585, 2407.09093, 2512.02056; fixed point after Maclaurin et al. (ICML 2015).
 """
 
+import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,8 +73,10 @@ class ReversibleStack(nn.Module):
     rule: "feistel", "midpoint", "leapfrog", "bdia" or "random_sign".  streams: "int32" (exact),
     "int64" (exact, for float64 sub-blocks), or "float32"/"float64" (inexact, for study).
     scale_bits: k of the grid 2^-k; "auto" calibrates it by a first pass without gradients and
-    keeps it in the state dict.  keep_top: so many last sub-blocks keep their graph.  verify:
-    compare a checksum of every reconstructed stream (8 bytes a sub-block).
+    keeps it in the state dict.  keep_top: so many last sub-blocks keep their graph.
+    hold_outputs: indices of sub-blocks whose output is held (n elements each), so that the replay
+    of each ends before its last matrix product; worth it where that product is large.  verify:
+    compare checksums of every reconstructed stream (16 bytes a sub-block).
     Raises StreamOverflow, TrainingDiverged, ReplayMismatch (verify), ConfigError.
     """
 
@@ -85,6 +88,7 @@ class ReversibleStack(nn.Module):
         scale_bits: int | Literal["auto"] = "auto",
         *,
         keep_top: int = 0,
+        hold_outputs: Iterable[int] = (),
         verify: bool = False,
     ) -> None:
         super().__init__()
@@ -94,6 +98,7 @@ class ReversibleStack(nn.Module):
         self.calibrated = False
         self.grid = Grid(streams, first_scale_bits(streams, scale_bits))
         self.keep_top = keep_top
+        self.hold_outputs = frozenset(hold_outputs)
         self.verify = verify
         if not 0 <= keep_top <= len(self.sub_blocks):
             raise ConfigError(
@@ -123,7 +128,7 @@ class ReversibleStack(nn.Module):
         run.start(p, q)
         replayed_blocks = len(self.sub_blocks) - self.keep_top if replay else 0
         for k, f in enumerate(self.sub_blocks):
-            run.step(f, f, replay=k < replayed_blocks)
+            run.step(f, f, replay=k < replayed_blocks, hold_output=k in self.hold_outputs)
         run.finished = run.finish()
         return run
 
@@ -134,15 +139,14 @@ class ReversibleStack(nn.Module):
             wide = Grid("float64" if self.grid.streams == "int64" else "float32")
             devices = [q.device] if q.device.type == "cuda" else []
             run = StreamRun(self.rule, wide, training=self.training)
-            norms = [m for m in self.modules() if getattr(m, "track_running_stats", False)]
-            with torch.no_grad(), torch.random.fork_rng(devices=devices):
-                for norm in norms:
-                    norm.track_running_stats = False
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng(devices=devices),
+                frozen_statistics(self),
+            ):
                 run.start(p, q)
                 for f in self.sub_blocks:
                     run.step(f, None, replay=False)
-                for norm in norms:
-                    norm.track_running_stats = True
                 amax = float(torch.stack(run.tape.sizes).max())
             if amax == amax and amax != float("inf"):
                 self._rescale(Grid.calibrated(self.grid.streams, amax))
@@ -161,6 +165,19 @@ class ReversibleStack(nn.Module):
         self.calibrated = bool(state[1])
 
 
+@contextlib.contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalisation layers compute as they do, and their running statistics stay."""
+    norms = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
+    for norm in norms:
+        norm.track_running_stats = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True  # type: ignore[assignment]
+
+
 class _Finished(StreamRun):
     """A pass with its result."""
 
@@ -173,6 +190,9 @@ class ReversibleConfig:
 
     keep_top: int = 0
     """So many last blocks keep their graph: less time, more memory."""
+    hold_outputs: int = 0
+    """In so many blocks below those, the last branch's output is held: its last matrix product
+    is not run again, for n elements a block."""
     verify: bool = False
     """Compare a checksum of every reconstructed stream."""
 
@@ -201,13 +221,16 @@ class ReversibleExecutor(Executor):
         if self.rule.draws and not block.training:
             return call(hidden)  # served and evaluated as the plain network
         run = self._begin(block, hidden) if position == 0 else _run_of(hidden, position)
-        replay = torch.is_grad_enabled() and position < self.count - self.config.keep_top
+        first_kept = self.count - self.config.keep_top
+        replay = torch.is_grad_enabled() and position < first_kept
+        hold = position >= first_kept - self.config.hold_outputs
         if self.info["branches"]:
-            for branch in split(block, call):
-                run.step(branch, block, replay=replay)
+            attention, mlp = split(block, call)
+            run.step(attention, block, replay=replay)
+            run.step(mlp, block, replay=replay, hold_output=hold)
             output: Any = (hidden,) if self.info["tuple"] else hidden
         else:
-            output = run.step(_Difference(call), block, replay=replay)
+            output = run.step(_Difference(call), block, replay=replay, hold_output=hold)
         if position < self.count - 1:
             # The next layer finds the run on the carrier; nothing else may look at its values.
             following = run.cur_carrier
@@ -282,10 +305,12 @@ class Reversible(Method):
                 f"reversible: span [{start}, {stop})",
                 expected=f"the whole stack, [0, {len(stack)}), with keep_top for its end",
             )
-        if not 0 <= config.keep_top <= len(stack):
-            raise ConfigError(
-                f"reversible: keep_top = {config.keep_top}", expected=f"0 to {len(stack)}"
-            )
+        for setting in ("keep_top", "hold_outputs"):
+            if not 0 <= getattr(config, setting) <= len(stack):
+                raise ConfigError(
+                    f"reversible: {setting} = {getattr(config, setting)}",
+                    expected=f"0 to {len(stack)} blocks",
+                )
         return ReversibleExecutor(runner.executor.info, len(stack), config)
 
 
@@ -354,6 +379,7 @@ def reversible(
     if not 0 <= keep_top <= len(stack):
         raise ConfigError(f"keep_top = {keep_top}", expected=f"0 to {len(stack)} blocks")
     stack.apply([(0, len(stack), ReversibleExecutor(info, len(stack), config))])
+    _holder(stack).register_forward_pre_hook(_RefuseHiddenStates(chosen), with_kwargs=True)
     if getattr(model_or_blocks, "config", None) is not None:
         model_or_blocks.config.shoestring = info
     return model_or_blocks
@@ -364,9 +390,96 @@ def restore(model: nn.Module) -> nn.Module:
     stack = Stack.of(model)
     while _structural_runner(stack) is not None:
         stack.restore()
+    hooks = _holder(stack)._forward_pre_hooks
+    for handle in [h for h, hook in hooks.items() if isinstance(hook, _RefuseHiddenStates)]:
+        del hooks[handle]
+        _holder(stack)._forward_pre_hooks_with_kwargs.pop(handle, None)
     if hasattr(getattr(model, "config", None), "shoestring"):
         del model.config.shoestring  # type: ignore[union-attr]
     return model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionReport:
+    """Loss of one batch around a conversion. None of it involves training."""
+
+    rule: str
+    before: float
+    """Of the plain model, in eval mode."""
+    after: float
+    """Of the reversible one in train mode (dropout, if any, is on): mean over `draws` passes."""
+    spread: float
+    """Standard deviation over those passes: what the random coefficients do."""
+    draws: int
+    back: float
+    """Of the model converted back, in eval mode; equals `before`."""
+
+
+def conversion_report(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    rule: str = "bdia",
+    draws: int = 4,
+    loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
+    **settings: Any,
+) -> ConversionReport:
+    """What making a pretrained model reversible does to its loss, before any training.
+
+    loss: (model, batch) -> scalar; default `model(**batch).loss`. `settings` go to `reversible`.
+    The model is left as it was: plain, its modes and the random state too.
+    """
+    measured = loss or (lambda m, b: m(**b).loss)
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        frozen_statistics(model),
+    ):
+        try:
+            before = float(measured(model.eval(), batch))
+            reversible(model, rule=rule, **settings)
+            model.train()
+            values = torch.tensor([float(measured(model, batch)) for _ in range(draws)])
+            restore(model)
+            back = float(measured(model.eval(), batch))
+        finally:
+            restore(model)
+            for module, training in modes:
+                module.training = training
+    return ConversionReport(
+        rule=rule,
+        before=before,
+        after=float(values.mean()),
+        spread=float(values.std()) if draws > 1 else 0.0,
+        draws=draws,
+        back=back,
+    )
+
+
+def _holder(stack: Stack) -> nn.Module:
+    """The module that iterates over the layers."""
+    return stack.model.get_submodule(stack.path.rpartition(".")[0])
+
+
+class _RefuseHiddenStates:
+    """What stands between two layers of a reversible stack has no value that could be read."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        wanted = kwargs.get("output_hidden_states")
+        if wanted is None:
+            wanted = getattr(getattr(module, "config", None), "output_hidden_states", False)
+        if not wanted or (self.rule.draws and not module.training):
+            return  # evaluated, a rule that draws is the plain network
+        raise ConfigError(
+            "output_hidden_states is asked of a reversible model",
+            expected="no hidden states: between its layers there are two integer streams",
+            hint="Call shoestring.methods.reversible.restore(model) first, or leave it out.",
+        )
 
 
 def _is_16_bit(stack: Stack) -> bool:

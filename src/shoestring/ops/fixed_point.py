@@ -51,17 +51,17 @@ class Grid:
         return self.streams.startswith("int")
 
     def encode(self, x: Tensor) -> Tensor:
-        """x -> round(x * 2^k) as integers (or the float dtype itself)."""
+        """x -> round(x * 2^k) as integers (or a copy in the float dtype). Never x's memory."""
         dtype = DTYPES[self.streams]
         if not self.exact:
-            return x.to(dtype)
+            return x.to(dtype, copy=True)
         wide = torch.float64 if self.streams == "int64" else torch.float32
         return (x.to(wide) * 2.0**self.scale_bits).round_().to(dtype)
 
     def decode(self, stream: Tensor, dtype: torch.dtype) -> Tensor:
-        """The stream's values, in `dtype`."""
+        """The stream's values, in `dtype`. Never the stream's memory, which is walked in place."""
         if not self.exact:
-            return stream.to(dtype)
+            return stream.to(dtype, copy=True)
         wide = torch.float64 if self.streams == "int64" else torch.float32
         return stream.to(wide).mul_(2.0**-self.scale_bits).to(dtype)
 
@@ -89,8 +89,8 @@ def encode_ref(x: Tensor, scale_bits: int) -> list[int]:
 
 
 def largest(x: Tensor) -> Tensor:
-    """max |x| as a scalar tensor; NaN if any element is. Allocates nothing of x's size."""
-    return torch.linalg.vector_norm(x.detach(), ord=math.inf, dtype=torch.float32)
+    """max |x| as a float32 scalar; NaN if any element is. Allocates nothing of x's size."""
+    return torch.linalg.vector_norm(x.detach(), ord=math.inf).float()
 
 
 def checksum(stream: Tensor) -> tuple[int, int]:
