@@ -86,26 +86,31 @@ def _module(device: torch.device) -> Any:
 class Evaluation:
     """One evaluation of `fn(x)` in forward that can be repeated exactly.
 
-    Normalisation statistics move once: a repeat computes with the batch's own statistics and
-    moves copies of the running ones. A piece that changes any other buffer of its own in forward
-    cannot be repeated; that is a StackError at the first forward, never a wrong gradient.
+    A repeat uses the very parameters that forward used, also when those stood there only for the
+    time of a `torch.func.functional_call`. Normalisation statistics move once: a repeat computes
+    with the batch's own statistics and moves copies of the running ones. A piece that changes any
+    other buffer of its own in forward cannot be repeated; that is a StackError at the first
+    forward, never a wrong gradient.
     """
 
-    __slots__ = ("_buffers", "_norms", "_random", "fn")
+    __slots__ = ("_buffers", "_norms", "_random", "_tensors", "fn")
 
     def __init__(self, fn: Callable[[Tensor], Any], module: nn.Module | None) -> None:
         self.fn = fn
         self._random: RandomState | None = None
         self._norms: list[_NormBase] = []
+        # Where each parameter and buffer was found, and which tensor it was.
+        self._tensors: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         self._buffers: list[tuple[str, Tensor]] = []
-        if module is not None and (any(True for _ in module.buffers())):
-            for name, part in module.named_modules():
-                if isinstance(part, _NormBase):
-                    self._norms.append(part)
-                else:
-                    self._buffers += [
-                        (f"{name}.{key}", b) for key, b in part.named_buffers(recurse=False)
-                    ]
+        for path, part in module.named_modules() if module is not None else ():
+            for place in (part._parameters, part._buffers):
+                self._tensors += [(place, k, t) for k, t in place.items() if t is not None]
+            if isinstance(part, _NormBase):
+                self._norms.append(part)
+            else:
+                self._buffers += [
+                    (f"{path}.{k}", t) for k, t in part._buffers.items() if t is not None
+                ]
 
     def first(self, x: Tensor) -> Any:
         before = RandomState(x)
@@ -128,6 +133,13 @@ class Evaluation:
         with contextlib.ExitStack() as stack:
             if self._random is not None:
                 stack.enter_context(self._random.restored())
+            for place, name, tensor in self._tensors:
+                now = place.get(name)
+                # Another tensor stands there when forward ran under functional_call. FSDP2's
+                # changes between sharded and whole parameters are its own affair.
+                if now is not tensor and _is_sharded(now) == _is_sharded(tensor):
+                    stack.callback(place.__setitem__, name, now)
+                    place[name] = tensor
             for norm in self._norms:
                 if norm.training and norm.track_running_stats:
                     # Copies move in place of the statistics. Not tracking them would compute
@@ -136,6 +148,10 @@ class Evaluation:
                     stack.callback(norm._buffers.update, own)
                     norm._buffers.update({k: b.clone() for k, b in own.items() if b is not None})
             return self.fn(x)
+
+
+def _is_sharded(tensor: Tensor | None) -> bool:
+    return hasattr(tensor, "device_mesh")
 
 
 class _Repeating:

@@ -181,6 +181,26 @@ def test_autograd_grad_and_a_retained_graph() -> None:
         stack.restore()
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "module_list"])
+def test_functional_call_is_replayed_with_its_own_parameters(name: str) -> None:
+    family = FAMILIES[name]
+    model, batch = family.build(family.attentions[0]), family.batch()
+    values = {n: (p.detach() * 1.5).requires_grad_() for n, p in model.named_parameters()}
+
+    def gradients() -> tuple[Tensor | None, ...]:
+        torch.manual_seed(3)
+        loss = torch.func.functional_call(model, values, kwargs=batch).loss
+        return torch.autograd.grad(loss, list(values.values()), allow_unused=True)
+
+    plain = gradients()
+    for settings in ({}, {"hold": (0, 2)}):
+        stack = planned(model, **settings)
+        for one, other in zip(plain, gradients(), strict=True):
+            assert torch.equal(one, other) if one is not None else other is None
+        stack.restore()
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
 def test_double_backward() -> None:
     model, batch = llama("eager"), tokens()
