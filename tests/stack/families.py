@@ -120,9 +120,7 @@ class SequentialModel(nn.Sequential):
 
     def __init__(self) -> None:
         blocks = [PlainBlock() for _ in range(DEPTH)]
-        super().__init__(
-            nn.Embedding(VOCABULARY, WIDTH), *blocks, nn.Linear(WIDTH, VOCABULARY)
-        )
+        super().__init__(nn.Embedding(VOCABULARY, WIDTH), *blocks, nn.Linear(WIDTH, VOCABULARY))
 
     def forward(self, input_ids: Tensor, labels: Tensor, **_: Any) -> Any:
         logits = super().forward(input_ids)
@@ -170,9 +168,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         Family(  # alternates sliding and full attention masks
             name="gemma2",
-            build=_hf(
-                "Gemma2ForCausalLM", "Gemma2Config", head_dim=8, sliding_window=5, **DECODER
-            ),
+            build=_hf("Gemma2ForCausalLM", "Gemma2Config", head_dim=8, sliding_window=5, **DECODER),
             path="model.layers",
             batch=tokens,
             generates=True,

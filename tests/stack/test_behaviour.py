@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from stack.families import FAMILIES, PlainModel, assert_same, step, tokens
 from torch import Tensor, nn
 
 import shoestring.stack
 from shoestring.errors import ConfigError, StackError
 from shoestring.methods import apply_spans, method
 from shoestring.stack import Span, Stack
+from stack.families import FAMILIES, PlainModel, assert_same, step, tokens
 
 
 def llama(attention: str = "sdpa") -> nn.Module:
@@ -64,7 +64,9 @@ def test_a_cache_with_entries_is_refused_not_forgotten() -> None:
     with torch.no_grad():
         model(input_ids=ids[:, :5], past_key_values=cache)
     planned(model)
-    with pytest.raises(StackError, match="has entries already .*Train such a model without a plan"):
+    with pytest.raises(
+        StackError, match=r"has entries already .*Train such a model without a plan"
+    ):
         model(input_ids=ids[:, 5:], past_key_values=cache)
 
 
@@ -103,9 +105,7 @@ def test_gradients_are_equal_inside_transformers_checkpointing(name: str, reentr
     family = FAMILIES[name]
     model, batch = family.build("sdpa"), family.batch()
     plain = step(model, batch)
-    model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-    )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     for settings in ({}, {"hold": (0, 2)}, {"save": "matmuls"}):
         stack = planned(model, **settings)
         assert_same(plain, step(model, batch))
@@ -273,7 +273,7 @@ def test_an_encoder_decoder_needs_a_path() -> None:
     "model", [nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))]
 )
 def test_a_model_without_layers_is_refused(model: nn.Module) -> None:
-    with pytest.raises(StackError, match="no stack of blocks found .* expected an nn.ModuleList"):
+    with pytest.raises(StackError, match=r"no stack of blocks found .* expected an nn.ModuleList"):
         Stack.of(model)
 
 
@@ -319,7 +319,7 @@ def test_rebuilding_through_a_changed_hidden_state_is_refused(change: str) -> No
         model.blocks[1].register_forward_pre_hook(lambda m, args: (args[0] * 1.0,))
     plain = step(model, batch)
     planned(model, hold=(0, 2))
-    with pytest.raises(StackError, match="changes the hidden state.* hold=None"):
+    with pytest.raises(StackError, match=r"changes the hidden state.* hold=None"):
         step(model, batch)
     planned(model)
     assert_same(plain, step(model, batch))
@@ -357,7 +357,7 @@ class Counting(nn.Module):
 def test_a_block_that_changes_its_state_is_refused() -> None:
     model = nn.Sequential(*[Counting() for _ in range(3)])
     planned(model)
-    with pytest.raises(StackError, match="changes its buffer .*calls.* method 'keep'"):
+    with pytest.raises(StackError, match=r"changes its buffer .*calls.* method 'keep'"):
         model(torch.randn(2, 32))
     apply_spans(Stack.of(model), [Span(0, 3, "keep")])
     model(torch.randn(2, 32)).sum().backward()

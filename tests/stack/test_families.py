@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from stack.families import DEPTH, FAMILIES, Family, assert_same, step
 from torch import nn
 
 from shoestring.methods import apply_spans
 from shoestring.stack import Runner, Span, Stack
+from stack.families import DEPTH, FAMILIES, Family, assert_same, step
 
-# peft asks transformers for a name that transformers is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    # peft asks transformers for a name that transformers is about to drop
+    "ignore:`is_gradient_checkpointing`:FutureWarning",
+    # peft, of GPT-2's Conv1D
+    "ignore:fan_in_fan_out is set to False:UserWarning",
+)
 
 EACH_INPUT: dict[str, Any] = {}
 EVERY_SECOND = {"hold": (0, 2)}
@@ -250,7 +254,7 @@ def test_a_deepcopy_is_planned_too_and_independent(family: Family) -> None:
 
 @varied_families
 def test_a_model_pickles_planned_and_restored(family: Family) -> None:
-    # Before a first step, which leaves transformers' own hooks behind, some of them local functions.
+    # Before a first step: that leaves transformers' own hooks behind, some of them local functions.
     model, batch = built(family), family.batch()
     stack = recompute(model, EVERY_SECOND)
     planned = pickle.loads(pickle.dumps(model))  # noqa: S301 - our own bytes
