@@ -34,10 +34,13 @@ _LOSS_OPERATORS = frozenset(
     "_log_softmax nll_loss_forward nll_loss2d_forward mse_loss binary_cross_entropy "
     "binary_cross_entropy_with_logits smooth_l1_loss huber_loss kl_div".split()
 )
-# Elementwise operators that first copy operands of another dtype to the common one (CPU).
+# Elementwise operators that bring their operands to one dtype first (on CPU, by copies).
 _PROMOTING = frozenset(
-    "add add_ sub sub_ mul mul_ div div_ eq ne lt le gt ge maximum minimum pow".split()
+    prefix + name
+    for prefix in ("", "_foreach_")
+    for name in "add add_ sub sub_ mul mul_ div div_ eq ne lt le gt ge maximum minimum".split()
 )
+_DTYPE_OF = {bool: torch.bool, int: torch.int64, float: torch.float64}
 _ACTIVE: list["Tracker"] = []
 
 
@@ -125,6 +128,7 @@ class Tracker(TorchDispatchMode):
         self._charges: dict[int, Charge] = {}
         self._parameters: dict[int, weakref.ref[Tensor]] = {}
         self._node_before = ""
+        self._root = 0  # the last ones_like: the gradient of the loss itself, no part of forward
         self._saw_backward = False
         self._undo: list[Callable[[], None]] = []
 
@@ -223,8 +227,11 @@ class Tracker(TorchDispatchMode):
         before = len(self._charges)
         for tensor in _tensors_in((out,)):
             self._charge(tensor, inside=True, category="transient")
-        if len(self._charges) != before:
-            self._settle(name, _cast_bytes(name, args) if name in _PROMOTING else 0)
+        if name == "ones_like":
+            self._root = out.untyped_storage()._cdata
+        scratch = _scratch_bytes(name, args) if name in _PROMOTING else 0
+        if scratch or len(self._charges) != before:
+            self._settle(name, scratch)
         return out
 
     # ---- charging --------------------------------------------------------------------------
@@ -245,7 +252,7 @@ class Tracker(TorchDispatchMode):
         charge = Charge(storage, self._refund)
         charge.key, charge.nbytes = key, _rounded(storage.nbytes(), device)
         charge.inside = inside
-        ledger = charge.ledger = self.ledgers.setdefault(device, Ledger(device))
+        ledger = charge.ledger = self._ledger_of(device)
         if not category:
             category = self._category_of(tensor)
         charge.category, charge.born = category, ledger.serial
@@ -260,6 +267,12 @@ class Tracker(TorchDispatchMode):
             ledger.peak += charge.nbytes
             ledger.peak_by_category[category] += charge.nbytes
         return charge
+
+    def _ledger_of(self, device: str) -> Ledger:
+        ledger = self.ledgers.get(device)
+        if ledger is None:
+            ledger = self.ledgers[device] = Ledger(device)
+        return ledger
 
     def _category_of(self, tensor: Tensor) -> str:
         if isinstance(tensor, nn.Parameter):
@@ -279,9 +292,7 @@ class Tracker(TorchDispatchMode):
         charge = self._charges.get(storage._cdata)
         if charge is None:
             return
-        nbytes = _rounded(
-            storage.nbytes(), next(k for k, v in self.ledgers.items() if v is charge.ledger)
-        )
+        nbytes = _rounded(storage.nbytes(), charge.ledger.device)
         charge.ledger.live += nbytes - charge.nbytes
         charge.ledger.by_category[charge.category] += nbytes - charge.nbytes
         charge.nbytes = nbytes
@@ -338,7 +349,7 @@ class Tracker(TorchDispatchMode):
             self._find_backward_phase()
         elif self.phase in ("backward", "loss backward"):
             self._assign_gradients()
-            self.phase = "after backward"
+            self.phase = "forward" if torch.is_grad_enabled() else "after backward"
         elif self.phase in ("after backward", "after optimizer step") and torch.is_grad_enabled():
             self.phase = "forward"
         elif self.phase == "forward" and operator in _LOSS_OPERATORS:
@@ -365,7 +376,7 @@ class Tracker(TorchDispatchMode):
     def _end_forward(self) -> None:
         """What is alive now, made inside and owned by nobody else, is held for the backward."""
         for charge in self._charges.values():
-            if charge.inside and charge.category == "transient":
+            if charge.inside and charge.category == "transient" and charge.key != self._root:
                 self._move(charge, "saved")
         for ledger in self.ledgers.values():
             ledger.retained = max(ledger.retained, ledger.by_category["saved"])
@@ -444,7 +455,7 @@ def allocator_peak(function: Callable[[], object]) -> int:
         activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False
     ) as profiled:
         function()
-    results = profiled.profiler.kineto_results  # type: ignore[union-attr]
+    results = profiled.profiler.kineto_results
     events = sorted(_allocations(results.experimental_event_tree()))
     live = peak = 0
     for _, nbytes in events:
@@ -462,40 +473,58 @@ def _allocations(tree: Iterable[Any]) -> Iterator[tuple[int, int]]:
             yield event.start_time_ns, event.extra_fields.alloc_size
 
 
-def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """Every plain tensor inside nested tuples, lists and dicts."""
+    found: list[Tensor] = []
     for value in values:
-        if isinstance(value, Tensor):
-            yield from _plain_tensors(value)
-        elif isinstance(value, tuple | list):
-            yield from _tensors_in(value)
+        kind = type(value)
+        if kind is Tensor or kind is nn.Parameter:
+            found.extend((value,) if value.layout is torch.strided else _plain_tensors(value))
+        elif isinstance(value, Tensor):
+            found.extend(_plain_tensors(value))
+        elif kind is tuple or kind is list or isinstance(value, tuple | list):
+            found.extend(_tensors_in(value))
         elif isinstance(value, dict):
-            yield from _tensors_in(value.values())
+            found.extend(_tensors_in(value.values()))
+    return found
 
 
-def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+def _plain_tensors(tensor: Tensor) -> list[Tensor]:
     """The tensors that hold the data of a wrapper subclass or a sparse tensor; else itself."""
     if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(tensor, name))
-    elif tensor.layout is torch.sparse_coo:
-        yield tensor._indices()
-        yield tensor._values()
+        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return [plain for part in parts for plain in _plain_tensors(part)]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    return [tensor]
+
+
+def _scratch_bytes(operator: str, args: tuple[Any, ...]) -> int:
+    """Bytes an elementwise operator on CPU holds for itself while it runs.
+
+    Operands are copied to their common dtype first (TensorIterator), and a Python number is
+    made a tensor of 8 bytes, and copied likewise.
+    """
+    first, second = (args[0], args[1]) if len(args) > 1 else (None, None)
+    if isinstance(first, list):  # _foreach_*: one tensor after the other
+        first, second = first[0], second[0] if isinstance(second, list) else second
+    if not isinstance(first, Tensor) or first.device.type != "cpu":
+        return 0
+    if isinstance(second, Tensor):
+        if first.dtype is second.dtype:
+            return 0
+        operands = [first, second]
+    elif isinstance(second, bool | int | float):
+        operands = [first, torch.empty((), dtype=_DTYPE_OF[type(second)], device="meta")]
     else:
-        yield tensor
-
-
-def _cast_bytes(operator: str, args: tuple[Any, ...]) -> int:
-    """Bytes TensorIterator takes to bring operands of mixed dtype to their common dtype."""
-    operands = [each for each in args if isinstance(each, Tensor) and each.dim() > 0]
-    if len(operands) < 2 or operands[0].dtype is operands[1].dtype:
         return 0
-    if operands[0].device.type != "cpu":
-        return 0
-    common = torch.result_type(operands[0], operands[1])
+    common = torch.result_type(first, second)
     if operator.endswith("_"):
-        operands.append(operands[0])  # read and written, each through its own copy
-    return sum(each.numel() * common.itemsize for each in operands if each.dtype is not common)
+        operands.append(first)  # read and written, each through its own copy
+    held = 0 if isinstance(second, Tensor) else operands[1].nbytes
+    return held + sum(
+        each.numel() * common.itemsize for each in operands if each.dtype is not common
+    )
 
 
 def _rounded(nbytes: int, device: str) -> int:
@@ -521,7 +550,7 @@ def _watch_rng_states() -> Callable[[], None]:
         return state
 
     with _PATCH:
-        torch.get_rng_state = torch.random.get_rng_state = get_rng_state  # type: ignore[assignment]
+        torch.get_rng_state = torch.random.get_rng_state = get_rng_state
 
     def undo() -> None:
         with _PATCH:
