@@ -115,7 +115,15 @@ class Evaluation:
     def first(self, x: Tensor) -> Any:
         before = RandomState(x)
         versions = [b._version for _, b in self._buffers]
+        version = x._version
         output = self.fn(x)
+        if x._version != version:
+            # What the repeat saves early would be changed late: a wrong gradient, not an error.
+            raise StackError(
+                "a block changes its input in place, so it cannot be run again",
+                expected="blocks that leave their input as it is",
+                hint="Run this block with method 'keep'.",
+            )
         if before.was_used():
             # A copy made by an operator, so that the bytes kept are seen by whoever counts them.
             before.cpu = before.cpu.clone()
