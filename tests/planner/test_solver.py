@@ -1,18 +1,15 @@
 """The chain dynamic program against brute force, against Revolve, and against its own promises."""
 
-import itertools
 import math
 import random
-from collections.abc import Iterator
 
 import pytest
+from benchmarks.planner.every import schedules_ref
 
 from shoestring.planner.chain import (
     BlockCost,
     Chain,
-    Kept,
     Option,
-    Piece,
     Redone,
     Walk,
     evaluate,
@@ -55,38 +52,6 @@ def random_chain(rng: random.Random, n: int, options: int) -> Chain:
     return Chain(
         blocks=tuple(blocks), turn_peak=rng.randint(2, 12), turn_gradients=rng.randint(0, 3)
     )
-
-
-def walks_of(a: int, b: int) -> Iterator[tuple[Walk, ...]]:
-    """Every way to go back through blocks a..b from input a."""
-    if a == b:
-        yield ()
-        return
-    between = range(a + 1, b)
-    for size in range(len(between) + 1):
-        for held in itertools.combinations(between, size):
-            stops = [a, *held, b]
-            # Each stretch [stop, next stop - 1] is then gone back through on its own.
-            parts = [list(walks_of(x, y - 1)) for x, y in itertools.pairwise(stops)]
-            for combination in itertools.product(*parts):
-                yield ((a, b, held), *itertools.chain(*combination))
-
-
-def schedules_ref(chain: Chain, a: int = 0) -> Iterator[tuple[Piece, ...]]:
-    """Every schedule there is."""
-    n = len(chain.blocks)
-    if a == n:
-        yield ()
-        return
-    for k in range(len(chain.blocks[a].options)):
-        for rest in schedules_ref(chain, a + 1):
-            yield (Kept(a, k), *rest)
-    for stop in range(a + 1, n + 1):
-        if not all(b.redone for b in chain.blocks[a:stop]):
-            break
-        for walks in walks_of(a, stop - 1):
-            for rest in schedules_ref(chain, stop):
-                yield (Redone(a, stop, walks), *rest)
 
 
 @pytest.mark.parametrize(("n", "options", "seeds"), [(1, 3, 5), (3, 3, 8), (4, 3, 4), (5, 2, 2)])

@@ -1,0 +1,199 @@
+"""Does the planner keep every budget, and is its choice the best there is?
+
+Sweeps 20 budgets from the smallest feasible to "keep everything" on G4 (with and without
+accumulated gradients) and on a Hugging Face Llama: measured peak against budget and prediction,
+predicted seconds, gradients against the unplanned model. Then holds the choice for a chain of
+six measured blocks against every schedule there is.
+
+    python benchmarks/planner/run.py [--smoke]
+
+Writes results/planner.json and results/planner.md.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from every import schedules_ref
+from torch import Tensor, nn
+
+from models import PlainGPT, llama, llama_batch, plain_batch, plain_loss
+from shoestring.planner import planner
+from shoestring.planner.chain import evaluate
+from shoestring.planner.make import PlanFor
+from shoestring.planner.solver import Solver
+from shoestring.training.receipt import environment
+from shoestring.units import format_bytes
+
+RESULTS = Path(__file__).parent / "results"
+QUESTION = "Does the planner keep every budget, and is its choice the best there is?"
+SEED = 0
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """lr 0, so that every step of the sweep has the same weights."""
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+
+
+def stateless(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+def sweep(
+    model: nn.Module, batch: Any, loss: Loss, make: Any, budgets: int, accumulate: int = 1
+) -> dict[str, Any]:
+    """Plan, apply and measure `budgets` budgets on one model."""
+    started = time.perf_counter()
+    plans = planner(model, batch, optimizer=make, loss=loss, accumulate=accumulate)
+    low, high = plans.smallest_bytes, plans.planner.curve[-1].peak_bytes
+    high = max(high, plans.planner.promise(plans.planner.curve[-1]).peak_bytes)
+    expected = gradients(model, batch, loss)
+    rows = [
+        one(plans, model, batch, loss, make, accumulate,
+            low + (high - low) * k // max(1, budgets - 1), expected)
+        for k in range(budgets)
+    ]  # fmt: skip
+    seconds = [r["predicted_seconds"] for r in rows]
+    return {
+        "smallest_bytes": low,
+        "keep_all_bytes": high,
+        "weights_bytes": sum(p.nbytes for p in model.parameters()),
+        "choices_on_the_curve": len(plans.planner.curve),
+        "rows": rows,
+        "all_within_budget": all(r["measured_bytes"] <= r["budget_bytes"] for r in rows),
+        "seconds_never_rise": seconds == sorted(seconds, reverse=True),
+        "gradients_equal": all(r["gradients_equal"] for r in rows),
+        "wall_s": time.perf_counter() - started,
+    }
+
+
+def one(
+    plans: PlanFor, model: nn.Module, batch: Any, loss: Loss, make: Any, accumulate: int,
+    budget: int, expected: list[Tensor],
+) -> dict[str, Any]:  # fmt: skip
+    """One budget: the plan, its measured peak, its gradients."""
+    plan = plans(budget)
+    plan.apply(model)
+    found = gradients(model, batch, loss)
+    equal = all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    del found
+    optimizer = make(list(model.parameters()))
+
+    def step() -> None:
+        for _ in range(accumulate):
+            value = loss(model, batch)
+            (value / accumulate if accumulate > 1 else value).backward()
+            del value
+        optimizer.step()
+        optimizer.zero_grad()
+
+    checked = plan.verify(step)
+    plan.restore(model)
+    return {
+        "budget_bytes": budget, "predicted_bytes": checked.predicted,
+        "measured_bytes": checked.measured, "error": checked.error, "instant": plan.instant,
+        "predicted_seconds": plan.step_seconds, "gradients_equal": equal,
+        "methods": plan.methods,
+    }  # fmt: skip
+
+
+def gradients(model: nn.Module, batch: Any, loss: Loss) -> list[Tensor]:
+    """Gradients of one pass; the model is left without any."""
+    model.zero_grad()
+    loss(model, batch).backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return found
+
+
+def against_every_schedule(budgets: int, depth: int) -> dict[str, Any]:
+    """The choice for `depth` measured blocks, against the best of all schedules."""
+    model = PlainGPT(depth=depth)
+    plans = planner(model, plain_batch(), loss=plain_loss, optimizer=stateless)
+    chain = plans.planner._base_variant.chain
+    every = [evaluate(chain, s) for s in schedules_ref(chain)]
+    frontier = Solver(chain).frontier()
+    low, high = min(o.peak_bytes for o in every), max(o.peak_bytes for o in every)
+    rows = []
+    for k in range(budgets):
+        budget = low + (high - low) * k // max(1, budgets - 1)
+        best = min(o.seconds for o in every if o.peak_bytes <= budget)
+        fitting = [c.outcome.seconds for c in frontier if c.outcome.peak_bytes <= budget]
+        found = min(fitting, default=None)
+        rows.append({
+            "budget_bytes": budget, "best_seconds": best,
+            "chosen_seconds": found,
+            "over_best": found / best - 1 if found is not None else None,
+        })  # fmt: skip
+    feasible = [r["over_best"] for r in rows if r["over_best"] is not None]
+    return {
+        "blocks": depth, "schedules": len(every), "rows": rows,
+        "worst_over_best": max(feasible), "refused_though_feasible": len(rows) - len(feasible),
+    }  # fmt: skip
+
+
+def table(result: dict[str, Any]) -> str:
+    """The sweeps as Markdown."""
+    lines = [
+        "| model | budgets | smallest | keep everything | measured within budget | "
+        "prediction error | seconds never rise | gradients equal |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, s in result["sweeps"].items():
+        errors = [r["error"] for r in s["rows"]]
+        kept = sum(r["measured_bytes"] <= r["budget_bytes"] for r in s["rows"])
+        lines.append(
+            f"| {name} | {len(errors)} | {format_bytes(s['smallest_bytes'])} | "
+            f"{format_bytes(s['keep_all_bytes'])} | {kept} of {len(errors)} | "
+            f"{min(errors):+.2%} .. {max(errors):+.2%} | "
+            f"{'yes' if s['seconds_never_rise'] else 'no'} | "
+            f"{'bit for bit' if s['gradients_equal'] else 'no'} |"
+        )
+    b = result["brute_force"]
+    held = f"{b['blocks']} blocks, {b['schedules']} schedules, {len(b['rows'])} budgets: "
+    lines += ["", f"{held}the choice is at most {b['worst_over_best']:.1%} slower than the best."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="tiny models, three budgets")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    smoke, out = (args := parser.parse_args()).smoke, args.out
+    torch.manual_seed(SEED)
+    budgets = 3 if smoke else 20
+    gpt: dict[str, Any] = {"depth": 2, "width": 32, "heads": 2} if smoke else {}
+    rows = plain_batch(2, 32) if smoke else plain_batch()
+    hf: dict[str, Any] = {"depth": 2, "width": 32} if smoke else {"depth": 8}
+    hf_rows = llama_batch(2, 32) if smoke else llama_batch()
+
+    def own(model: nn.Module, batch: Any) -> Tensor:
+        value: Tensor = model(**batch).loss
+        return value
+
+    result: dict[str, Any] = {
+        "question": QUESTION, "config": {"budgets": budgets, "smoke": smoke}, "seed": SEED,
+        **environment(torch.device("cpu")),
+        "sweeps": {
+            "G4, SGD": sweep(PlainGPT(**gpt), rows, plain_loss, stateless, budgets),
+            "G4, gradients accumulated": sweep(
+                PlainGPT(**gpt), rows, plain_loss, stateless, budgets, accumulate=2
+            ),
+            "Llama, grouped-query, AdamW": sweep(llama(**hf), hf_rows, own, adamw, budgets),
+        },
+        "brute_force": against_every_schedule(budgets, 3 if smoke else 6),
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    name = "smoke" if smoke else "planner"
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / f"{name}.md").write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
