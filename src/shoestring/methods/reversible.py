@@ -20,7 +20,7 @@ Source: arXiv 1707.04585, 2407.09093, 2512.02056; fixed point after Maclaurin et
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..branches import roles_of, split
 from ..errors import ConfigError, StackError, closest
 from ..ops.fixed_point import DEFAULT_SCALE_BITS, Grid
-from ..stack import BlockCall, Executor, Runner, Stack, hidden_of, with_hidden
+from ..stack import BlockCall, Executor, Runner, Stack, hidden_of, with_hidden, without_cache
 from ..streams import RULES, Rule, StreamRun
 from .base import Method, Promises
 
@@ -499,8 +499,11 @@ class _PlainBranches(Executor):
 
     def run(self, position: int, block: nn.Module, call: BlockCall) -> Any:
         assert call.hidden is not None
-        output = call(call.hidden)
+        # Both ways would write to the cache.
+        args, kwargs = without_cache(block, call.args, call.kwargs)
+        call = replace(call, args=args, kwargs=kwargs)
         x = call.hidden
+        output = call(x)
         for branch in split(block, call):
             x = x + branch(x)
         expected = hidden_of(output)
