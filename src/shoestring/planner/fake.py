@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import ConfigError
 from ..meter import Tracker
-from .fidelity import RealKernels, known_positions, without_trivial_masks
+from .fidelity import known_positions, without_trivial_masks
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -77,7 +77,7 @@ def simulate(
     mode = FakeTensorMode()
     twin = fake_model(model_or_config, mode)
     fake = fake_batch(batch if mask == "worst" else without_trivial_masks(batch), mode)
-    with mode, RealKernels(), known_positions(batch):
+    with mode, known_positions(batch):
         if apply is not None:
             apply(twin)
         twin.train()

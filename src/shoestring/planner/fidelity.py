@@ -1,50 +1,36 @@
 """Where fake tensors would lead a model another way than real ones, and what sets it right.
 
-Two kinds: an operator whose fake rule refuses or mis-shapes what the CPU kernel does, and a
-branch on values that fake tensors do not have. Both are narrow, named and undone on exit.
+Two kinds: an operator whose fake rule refuses what the CPU kernel does, and a branch on values
+that fake tensors do not have. Both are narrow and named.
 """
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-
-class RealKernels(TorchDispatchMode):
-    """Gives what the CPU kernels give for operators whose fake rule knows only CUDA's.
-
-    To be entered inside a FakeTensorMode and outside of what counts.
-    """
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        rule = _RULES.get(func)
-        if rule is not None and _first_device(args) == "cpu":
-            return rule(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+from torch._subclasses import fake_impls
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def _grouped_mm(
+    mode: FakeTensorMode,
+    func: Any,
     left: Tensor,
     right: Tensor,
     offs: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Any:
     """(S, K) x (E, K, N) -> (S, N); (K, S) x (S, N) -> (E, K, N); any dtype, rows not padded.
 
-    The fake rule asks for bfloat16, the CPU kernel does not. Bytes do not depend on how many
-    rows each group gets, so routing needs no assumption here.
+    torch's rule asks for bfloat16, as the CUDA kernel does and the CPU kernel does not. Bytes do
+    not depend on how many rows each group gets, so routing needs no assumption here.
     """
+    if left.device.type != "cpu":
+        return NotImplemented
     if left.dim() == 2 and right.dim() == 2:
         assert offs is not None
         shape = [offs.size(0), left.size(0), right.size(1)]
@@ -54,16 +40,17 @@ def _grouped_mm(
         shape = [left.size(1), right.size(1)]
     else:
         shape = [left.size(0), left.size(1), right.size(-1)]
-    return left.new_empty(shape, dtype=out_dtype or left.dtype)
+    with mode:
+        return torch.empty(shape, dtype=out_dtype or left.dtype, device="cpu")
 
 
-_RULES: dict[Any, Callable[..., Any]] = {}
-if hasattr(torch.ops.aten, "_grouped_mm"):
-    _RULES[torch.ops.aten._grouped_mm.default] = _grouped_mm
+def _register() -> None:
+    func = getattr(torch.ops.aten, "_grouped_mm", None)
+    if func is not None:
+        fake_impls.op_implementations_dict.setdefault(func.default, _grouped_mm)
 
 
-def _first_device(args: tuple[Any, ...]) -> str:
-    return args[0].device.type if args and isinstance(args[0], Tensor) else ""
+_register()
 
 
 @contextlib.contextmanager
