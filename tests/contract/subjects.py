@@ -1,0 +1,164 @@
+"""What the contract is tested on: two small networks, and every method put into them.
+
+Nothing here names a method. What a method needs follows from what it declares: one that rebuilds
+"streams" is given a network made reversible, and is held against the same network with all
+graphs kept (its `keep_top`); every other method is given the plain network and held against it.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from shoestring.methods import METHODS, Method, apply_spans
+from shoestring.methods.reversible import reversible
+from shoestring.models.gpt import GPT, GPTConfig
+from shoestring.stack import Span, Stack
+
+VOCABULARY = 83
+DEPTH = 3
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+
+
+def gpt(depth: int = DEPTH, dropout: float = 0.0, streams: bool = False) -> nn.Module:
+    torch.manual_seed(1)
+    rule = "feistel" if streams else "residual"
+    return GPT(GPTConfig(num_hidden_layers=depth, dropout=dropout, rule=rule, **SHAPE)).train()
+
+
+def llama(depth: int = DEPTH, dropout: float = 0.0, streams: bool = False) -> nn.Module:
+    torch.manual_seed(1)
+    config = LlamaConfig(num_hidden_layers=depth, attention_dropout=dropout, **SHAPE)
+    model = LlamaForCausalLM(config).train()
+    return reversible(model) if streams else model
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"gpt": gpt, "llama": llama}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One method with one of its settings."""
+
+    method: Method
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def promises(self) -> Any:
+        return self.method.promises
+
+    @property
+    def label(self) -> str:
+        return "-".join([self.method.name, *(f"{k}={v}" for k, v in self.settings.items())])
+
+    def network(self, kind: str = "gpt", **sizes: Any) -> nn.Module:
+        """A network the method can run, the same weights each time."""
+        return NETWORKS[kind](streams=self.promises.rebuilds == "streams", **sizes)
+
+    def yardstick(self, kind: str = "gpt", **sizes: Any) -> nn.Module:
+        """The same network with everything kept for backward."""
+        model = self.network(kind, **sizes)
+        if self.promises.rebuilds == "streams":
+            everything = {"keep_top": len(Stack.of(model))}
+            put(self.method, model, everything)
+        return model
+
+    def applied(self, kind: str = "gpt", **sizes: Any) -> nn.Module:
+        model = self.network(kind, **sizes)
+        put(self.method, model, self.settings)
+        return model
+
+
+def put(method: Method, model: nn.Module, settings: Mapping[str, Any]) -> Callable[[], None]:
+    """Put the method into the model, in place; returns how to undo it."""
+    if method.promises.applies_to != "span":
+        return method.apply(model, method.configure(settings))
+    stack = Stack.of(model)
+    apply_spans(stack, [Span(0, len(stack), method.name, settings)])
+    return stack.restore
+
+
+def subjects() -> list[Subject]:
+    """Every registered method as it comes, and with each of the settings it offers."""
+    return [
+        Subject(method, settings)
+        for method in METHODS.values()
+        for settings in ({}, *getattr(method, "variants", ()))
+    ]
+
+
+def every(*having: Callable[[Subject], bool]) -> pytest.MarkDecorator:
+    """Parametrise a test over the subjects of which all of `having` is true."""
+    chosen = [s for s in subjects() if all(test(s) for test in having)]
+    return pytest.mark.parametrize("subject", chosen, ids=[s.label for s in chosen])
+
+
+every_network = pytest.mark.parametrize("kind", NETWORKS)
+
+
+def is_exact(subject: Subject) -> bool:
+    return bool(subject.promises.fidelity == "exact")
+
+
+def is_bitwise(subject: Subject) -> bool:
+    return bool(subject.promises.grade == "bitwise")
+
+
+def is_default(subject: Subject) -> bool:
+    return not subject.settings
+
+
+def batch(rows: int = 2, tokens: int = 24) -> dict[str, Tensor]:
+    """Token ids with labels; the last row ends in padding."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, VOCABULARY, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, -4:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+
+
+def gradients(model: nn.Module, data: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, gradient of every parameter) from a fixed random state."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    loss = model(**data).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return loss.detach().clone(), found
+
+
+def train(
+    model: nn.Module, steps: int, data: Callable[[int], Mapping[str, Tensor]], start: int = 0,
+    state: dict[str, Any] | None = None,
+) -> tuple[list[float], torch.optim.Optimizer]:  # fmt: skip
+    """AdamW for steps start..steps-1; returns the losses and the optimizer."""
+    adamw = optimizer(model)
+    if state is not None:
+        adamw.load_state_dict(copy.deepcopy(state))
+    losses = []
+    for step in range(start, steps):
+        torch.manual_seed(100 + step)
+        loss = model(**data(step)).loss
+        loss.backward()
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+    return losses, adamw
