@@ -29,14 +29,14 @@ def plain():
     """Plans of one small model for any budget, with times."""
     torch.manual_seed(0)
     model, batch = small(), small_batch()
-    return model, batch, planner(model, batch, loss=plain_loss)
+    return model, batch, planner(model, batch, loss=plain_loss, allow=["keep", "recompute"])
 
 
 @pytest.fixture(scope="module")
 def hugging_face():
     torch.manual_seed(0)
     model, batch = llama(depth=3, width=32, vocabulary=64), llama_batch(2, 32, 64)
-    return model, batch, planner(model, batch, seconds=False)
+    return model, batch, planner(model, batch, seconds=False, allow=["keep", "recompute"])
 
 
 def budgets(plans, count):

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..stack import Span, Stack
-from .chain import Chain, Kept, Redone, Schedule, evaluate, keep_all, nested
+from .chain import BlockCost, Chain, Kept, Redone, Schedule, evaluate, keep_all, nested
 from .cost import Profile, Step, Twin, measure_chain, optimizer_bytes
 from .solver import Solver
 from .timing import Timer
@@ -27,6 +27,9 @@ from .ways import Allow, Offer, Way, allowed, apply_ways, bare, offer_for, patch
 
 NEAR = 0.04
 """How far the chain model may be off the simulation: within this of the budget, simulate."""
+PATCHED = 1.01
+"""A loss or module method counts as this much slower than the clock says, so that it is used
+where it buys memory and never for noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,7 @@ class Variant:
         return Choice(
             patches=self.patches, spans=spans_of(schedule, self.offer),
             peak_bytes=max(self.resident + outcome.peak_bytes, floor),
-            seconds=outcome.seconds + self.fixed_seconds,
+            seconds=(outcome.seconds + self.fixed_seconds) * PATCHED ** len(self.patches),
         )  # fmt: skip
 
 
@@ -227,7 +230,9 @@ class Planner:
 
     @cached_property
     def _timed_variants(self) -> list[Variant]:
-        return [self.with_seconds(v) for v in self.variants]
+        timed = [self.with_seconds(v) for v in self.variants]
+        base = next(v for v in timed if not v.patches)
+        return [v if v is base else no_faster(v, base) for v in timed]
 
     # -- the promise -------------------------------------------------------------------------
 
@@ -247,9 +252,8 @@ class Planner:
         return self._profiles[key]
 
     def promise(self, choice: Choice) -> Profile:
-        """What the choice is promised to need: whole steps, never less than the quick look."""
-        whole, quick = self.simulate(choice, whole=True), self.simulate(choice)
-        return whole if whole.peak_bytes >= quick.peak_bytes else quick
+        """What the choice is promised to need: whole steps, from the first on."""
+        return self.simulate(choice, whole=True)
 
     @cached_property
     def smallest_bytes(self) -> int:
@@ -319,7 +323,7 @@ class Planner:
         return next(v for v in self._timed_variants if not v.patches)
 
 
-def timed_block(block: Any, times: Iterable[tuple[float, float]]) -> Any:
+def timed_block(block: BlockCost, times: Iterable[tuple[float, float]]) -> BlockCost:
     """The block with seconds: options in order, then the run from its input.
 
     Keeping everything is never slower than keeping less, and running again costs a forward more
@@ -336,6 +340,26 @@ def timed_block(block: Any, times: Iterable[tuple[float, float]]) -> Any:
     # Together no less than keeping.
     again = max(again, keep - walk)
     return replace(block, options=tuple(options), walk_seconds=walk, again_seconds=again)
+
+
+def no_faster(patched: Variant, base: Variant) -> Variant:
+    """A patched variant with seconds at least those of the model as it is: a patch trades time
+    for memory, and a clock that says otherwise is not to decide."""
+
+    def floored(block: BlockCost, plain: BlockCost) -> BlockCost:
+        options = tuple(
+            replace(o, seconds=max(o.seconds, p.seconds))
+            for o, p in zip(block.options, plain.options, strict=True)
+        )
+        return replace(
+            block, options=options, walk_seconds=max(block.walk_seconds, plain.walk_seconds),
+            again_seconds=max(block.again_seconds, plain.again_seconds),
+        )  # fmt: skip
+
+    pairs = zip(patched.chain.blocks, base.chain.blocks, strict=True)
+    chain = replace(patched.chain, blocks=tuple(floored(b, p) for b, p in pairs))
+    fixed = max(patched.fixed_seconds, base.fixed_seconds)
+    return replace(patched, chain=chain, fixed_seconds=fixed)
 
 
 def strip(model: nn.Module) -> None:
