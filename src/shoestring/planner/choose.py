@@ -20,7 +20,8 @@ from torch import nn
 from ..errors import ConfigError
 from ..stack import Span, Stack
 from .chain import BlockCost, Chain, Kept, Redone, Schedule, evaluate, keep_all, nested
-from .cost import Profile, Step, Twin, measure_chain, optimizer_bytes
+from .cost import Step, Twin, measure_chain, optimizer_bytes
+from .fake import Profile
 from .solver import Solver
 from .timing import Timer
 from .ways import Allow, Offer, Way, allowed, apply_ways, bare, offer_for, patches_for

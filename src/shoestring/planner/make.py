@@ -122,7 +122,7 @@ def factory_of(optimizer: Optimizer | MakeOptimizer | None) -> MakeOptimizer | N
     kind = type(optimizer)
     known = inspect.signature(kind.__init__).parameters
     settings = {k: v for k, v in optimizer.defaults.items() if k in known}
-    return lambda parameters: kind(parameters, **copy.copy(settings))  # type: ignore[call-arg]
+    return lambda parameters: kind(parameters, **copy.copy(settings))
 
 
 def plan_config(

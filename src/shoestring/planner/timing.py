@@ -45,9 +45,9 @@ def materialise(twin: Twin, real: Callable[[str], bool]) -> nn.Module:
         data = weights[name].detach() if name in weights else None
         value = _like(fake, data, real(name))
         memo[id(fake)] = nn.Parameter(value, requires_grad=fake.requires_grad)
-    for name, fake in twin.model.named_buffers(remove_duplicate=False):
+    for name, buffer in twin.model.named_buffers(remove_duplicate=False):
         data = buffers[name].detach().clone() if name in buffers and real(name) else None
-        memo[id(fake)] = _like(fake, data, real(name))
+        memo[id(buffer)] = _like(buffer, data, real(name))
     for module in twin.model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and id(value) not in memo:

@@ -99,7 +99,8 @@ def patches_for(model: nn.Module, methods: Iterable[Method]) -> list[tuple[Way, 
         except ShoestringError:
             continue  # it has nothing to do in this model
         undo()
-        for settings in getattr(m, "variants", ()) or ({},):
+        tries: tuple[Mapping[str, Any], ...] = getattr(m, "variants", ()) or ({},)
+        for settings in tries:
             groups[m.promises.applies_to].append((Way(m.name, dict(settings)),))
     return [loss + module for loss in groups["loss"] for module in groups["module"]]
 
