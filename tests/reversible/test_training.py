@@ -11,7 +11,7 @@ from torch import nn
 from shoestring.methods.reversible import restore, reversible
 from shoestring.models.gpt import GPT, GPTConfig
 
-STEPS, BATCH, LENGTH, PARTS = 100, 4, 32, 2
+STEPS, BATCH, LENGTH = 100, 4, 32
 
 
 def text_bytes() -> torch.Tensor:
@@ -30,39 +30,40 @@ def build(rule: str, *, keep_top: int = 0, dropout: float = 0.1) -> GPT:
 
 
 def train(model: nn.Module, *, autocast: bool = False, steps: int = STEPS) -> list[float]:
-    """AdamW on two accumulated parts a step; the losses."""
+    """AdamW; every fourth step accumulates two parts. The losses."""
     data = text_bytes()
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
     losses = []
-    for _ in range(steps):
-        for _ in range(PARTS):
+    for step in range(steps):
+        parts = 2 if step % 4 == 0 else 1
+        for _ in range(parts):
             starts = torch.randint(0, len(data) - LENGTH, (BATCH,), generator=generator)
             ids = torch.stack([data[s : s + LENGTH] for s in starts.tolist()])
             with context:
-                loss = model(input_ids=ids, labels=ids).loss / PARTS
+                loss = model(input_ids=ids, labels=ids).loss / parts
             loss.backward()
-            losses.append(float(loss.detach()) * PARTS)
+            losses.append(float(loss.detach()) * parts)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return losses
 
 
-@pytest.mark.parametrize(("rule", "steps"), [("feistel", STEPS), ("bdia", 25)])
+@pytest.mark.parametrize(("rule", "steps"), [("feistel", STEPS), ("bdia", 15)])
 def test_training_by_reversal_is_that_of_stored_activations(rule, steps):
     ours, stored = build(rule), build(rule, keep_top=4)
     losses = train(ours, steps=steps), train(stored, steps=steps)
     assert losses[0] == losses[1]
     for (name, p), q in zip(ours.named_parameters(), stored.parameters(), strict=True):
         assert torch.equal(p, q), name
-    assert sum(losses[0][-10:]) / 10 < 0.75 * losses[0][0]
+    assert sum(losses[0][-10:]) / 10 < 0.9 * losses[0][0]
 
 
 def test_bf16_autocast_follows_stored_activations_too():
-    losses = [train(build("feistel", keep_top=k), autocast=True, steps=10) for k in (0, 4)]
+    losses = [train(build("feistel", keep_top=k), autocast=True, steps=8) for k in (0, 4)]
     assert losses[0] == losses[1]
 
 
