@@ -1,12 +1,14 @@
 """The guards name what is bad and what was promised."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from shoestring.errors import OutOfBudget, TrainingDiverged
+from shoestring.rss import status_bytes
 from shoestring.training.guard import BudgetGuard, FiniteGuard
 
 MIB = 2**20
@@ -74,35 +76,65 @@ def guard(**settings: object) -> BudgetGuard:
     defaults = {
         "limit_bytes": 100 * MIB,
         "promised_bytes": 90 * MIB,
-        "base_bytes": 10 * MIB,
+        "base_bytes": 0,
         "slack": 0.1,
     }
-    return BudgetGuard(**(defaults | settings))
+    return BudgetGuard(torch.device("cpu"), **(defaults | settings))
+
+
+def work(watch: BudgetGuard, num_bytes: int, *, tracked: bool) -> None:
+    """A step that holds so many bytes at once."""
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    with watch.watch("step 5", model, optimizer, tracked=tracked):
+        torch.ones(num_bytes // 4).add_(1)
 
 
 def test_tensors_over_the_budget_are_refused_with_promise_and_measure():
+    watch = guard()
     with pytest.raises(OutOfBudget) as caught:
-        guard().check_tensors("step 5", 101 * MIB)
+        work(watch, 101 * MIB, tracked=True)
     text = str(caught.value)
     assert "step 5: live tensors peaked at 101.0 MiB" in text
     assert "the plan promised 90.0 MiB" in text
     assert "the budget of 100.0 MiB" in text
-    assert caught.value.smallest_bytes == 101 * MIB
+    assert 101 * MIB <= caught.value.smallest_bytes < 102 * MIB
+    assert caught.value.exit_code == 3
 
 
-def test_the_process_may_exceed_the_budget_by_its_base_and_the_slack_only():
+def test_tensors_within_the_budget_pass_and_the_peak_is_kept():
     watch = guard()
-    watch.check_process("step 5", 119 * MIB)
-    assert watch.rss_peak_bytes == 109 * MIB
-    with pytest.raises(OutOfBudget, match=r"resident memory of the process peaked at 111\.0 MiB"):
-        watch.check_process("step 6", 121 * MIB)
+    work(watch, 99 * MIB, tracked=True)
+    work(watch, 50 * MIB, tracked=True)
+    assert 99 * MIB <= watch.peak_bytes < 100 * MIB
+    assert sum(watch.by_category.values()) == watch.peak_bytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no resettable RSS mark")
+def test_the_process_may_exceed_the_budget_by_its_base_and_the_slack_only():
+    base = status_bytes("VmRSS")
+    work(guard(base_bytes=base), 100 * MIB, tracked=False)
+    with pytest.raises(OutOfBudget, match="resident memory of the process peaked at"):
+        work(guard(base_bytes=base), 250 * MIB, tracked=False)
+    work(watch := guard(base_bytes=base, slack=None), 250 * MIB, tracked=False)
+    assert watch.rss_peak_bytes > 200 * MIB
 
 
 def test_without_a_budget_peaks_are_only_kept():
     watch = guard(limit_bytes=None, promised_bytes=None)
-    watch.check_tensors("step 1", 500 * MIB)
-    watch.check_tensors("step 2", 400 * MIB)
-    assert watch.peak_bytes == 500 * MIB
+    work(watch, 150 * MIB, tracked=True)
+    assert watch.peak_bytes >= 150 * MIB
+
+
+def test_an_error_in_the_step_is_not_hidden_by_the_guard():
+    watch = guard(limit_bytes=1)
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    with (
+        pytest.raises(ZeroDivisionError),
+        watch.watch("step 5", model, optimizer, tracked=True),
+    ):
+        torch.ones(int(1 / 0))
 
 
 def test_the_first_two_steps_and_one_in_a_hundred_are_tracked():

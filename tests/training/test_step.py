@@ -8,11 +8,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shoestring.errors import DataError, TrainingDiverged
+from shoestring.objectives.next_token import IGNORED, num_targets
 from shoestring.training.config import OptimConfig
 from shoestring.training.distributed import World
 from shoestring.training.guard import FiniteGuard
 from shoestring.training.optimizer import optimizer_factory
-from shoestring.training.step import IGNORED, num_targets, update
+from shoestring.training.step import update
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 EPS = torch.finfo(torch.float32).eps
@@ -104,7 +105,7 @@ def test_a_microbatch_without_targets_changes_nothing():
 def test_a_step_without_any_target_is_an_error():
     empty = rows(2)
     empty["labels"][:] = IGNORED
-    with pytest.raises(DataError, match="step 1: no token"):
+    with pytest.raises(DataError, match="no target"):
         stepped([empty])
 
 

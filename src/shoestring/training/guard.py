@@ -23,6 +23,9 @@ from ..units import format_bytes
 
 EVERY = 100
 """Steps between two steps whose tensors are tracked."""
+PROCESS_BYTES = 64 << 20
+"""What a step may take of the process besides tensors: autograd's graph, kernels' scratch, code
+that is loaded on first use."""
 
 
 class FiniteGuard:
@@ -92,8 +95,9 @@ class BudgetGuard:
     """Holds what a piece of work was measured to take against what it may take.
 
     limit_bytes: the budget; None for none.  promised_bytes: the plan's peak; None without a plan.
-    base_bytes: what the process holds besides tensors.  slack: RSS may exceed the tensors of the
-    budget by this share, because the allocator keeps freed memory.
+    base_bytes: what the process holds besides tensors; None where it cannot be told.  slack: RSS
+    may exceed the budget by this share and `PROCESS_BYTES`; None: RSS is only kept, because an
+    allocator that was not told to give memory back makes it say little.
     """
 
     def __init__(
@@ -102,8 +106,8 @@ class BudgetGuard:
         *,
         limit_bytes: int | None,
         promised_bytes: int | None,
-        base_bytes: int,
-        slack: float,
+        base_bytes: int | None,
+        slack: float | None,
     ) -> None:
         self.device = device
         self.limit_bytes = limit_bytes
@@ -158,9 +162,13 @@ class BudgetGuard:
             raise self._over(where, "live tensors", peak_bytes)
 
     def _check_process(self, where: str, rss_bytes: int) -> None:
+        if self.base_bytes is None:
+            return
         grown = rss_bytes - self.base_bytes
         self.rss_peak_bytes = max(self.rss_peak_bytes or 0, grown)
-        if self.limit_bytes is not None and grown > self.limit_bytes * (1 + self.slack):
+        if self.limit_bytes is None or self.slack is None:
+            return
+        if grown > self.limit_bytes * (1 + self.slack) + PROCESS_BYTES:
             raise self._over(where, "resident memory of the process", grown)
 
     def _over(self, where: str, what: str, measured: int) -> OutOfBudget:

@@ -1,7 +1,6 @@
 """Everything a run holds while it lasts: data, plan, model, optimizer, guards and its record."""
 
 import gc
-import os
 import shutil
 import statistics
 import time
@@ -14,10 +13,11 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from ..allocator import is_tuned
 from ..checkpoint import verify
 from ..data.tokenizer import tokenizer_digest
 from ..errors import OutOfBudget, ShoestringError
-from ..planner.budget import CPU_MARGIN_DEFAULT, CPU_MARGIN_TUNED, resident_bytes
+from ..planner.budget import CPU_MARGIN_TUNED, resident_bytes
 from ..rss import status_bytes
 from .config import RunConfig
 from .distributed import World
@@ -52,6 +52,7 @@ class Job:
         self.was_interrupted = False
         self._started = time.monotonic()
         self._step_seconds: list[float] = []
+        self._evaluated: tuple[int, HeldOut] | None = None
         self._quality: dict[str, HeldOut | None] = {"before": None, "after": None}
 
     def __enter__(self) -> Self:
@@ -133,16 +134,16 @@ class Job:
             limit_bytes=self.limit_bytes if self.config.plan.guard else None,
             promised_bytes=self.plan.peak_bytes if self.plan else None,
             base_bytes=self._process_bytes(),
-            slack=CPU_MARGIN_TUNED if _allocator_is_tuned() else CPU_MARGIN_DEFAULT,
+            slack=CPU_MARGIN_TUNED if is_tuned() else None,
         )
 
-    def _process_bytes(self) -> int:
+    def _process_bytes(self) -> int | None:
         """What the process holds besides tensors, and what of the data it may yet map."""
         gc.collect()
         try:
             resident = status_bytes("VmRSS")
         except OSError:
-            return 0
+            return None
         mapped = int(self.data.corpus.ids.nbytes)
         return resident - resident_bytes(self.model, torch.device("cpu")) + mapped
 
@@ -197,6 +198,7 @@ class Job:
         )
         if sample is not None:
             self.record.tell("sample", step=self.updates, **sample)
+        self._evaluated = (self.updates, result)
         return result
 
     def _sample(self) -> dict[str, str] | None:
@@ -219,7 +221,8 @@ class Job:
     def finish(self, status: str) -> Run:
         """Evaluate (unless interrupted), save the model, write the receipt."""
         if status == "finished":
-            self._quality["after"] = self.evaluate()
+            step, result = self._evaluated or (-1, None)
+            self._quality["after"] = result if step == self.updates else self.evaluate()
         receipt = self._save(status)
         return Run(self.record.directory, self.model, self.data.tokenizer, receipt)
 
@@ -281,7 +284,3 @@ class Job:
             },
             **environment(self.world.device),
         }
-
-
-def _allocator_is_tuned() -> bool:
-    return "MALLOC_MMAP_THRESHOLD_" in os.environ

@@ -14,6 +14,7 @@ from ..checkpoint import MANIFEST, newest_complete, verify
 from ..errors import CheckpointError, ConfigError
 from ..methods.reversible import reversible
 from ..models.gpt import GPT, GPTConfig
+from .save import no_progress_bar
 
 
 def load(run_or_model_dir: str | Path) -> tuple[PreTrainedModel, Any]:
@@ -64,7 +65,8 @@ def _build(config: Any, name: str | Path, *, from_scratch: bool) -> PreTrainedMo
     if from_scratch:
         config.dtype = torch.float32
         return GPT(config) if kind is GPT else AutoModelForCausalLM.from_config(config)
-    model = kind.from_pretrained(name, config=config, dtype="float32")
+    with no_progress_bar():
+        model = kind.from_pretrained(name, config=config, dtype="float32")
     if info and kind is not GPT:
         remember(model, info)
     return model

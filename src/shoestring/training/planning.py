@@ -48,7 +48,7 @@ def make_plan(
     if world.is_first:
         text = plan(
             build,
-            batch,
+            _with_waiting(batch, config.optim.accumulate),
             budget=_budget(config, world),
             optimizer=optimizer,
             allow=_methods(config),
@@ -62,13 +62,29 @@ def make_plan(
     return Plan.from_json(world.share(text))
 
 
+_WAITING = "waiting"
+
+
+def _with_waiting(batch: Batch, accumulate: int) -> Batch:
+    """The batch with the others of its update, which lie in memory while it is learned from;
+    those of a step on CUDA wait on the host, where no budget counts them."""
+    if next(iter(batch.values())).device.type != "cpu":
+        return batch
+    others = {
+        f"{_WAITING} {i} {name}": tensor.clone()
+        for i in range(1, accumulate)
+        for name, tensor in batch.items()
+    }
+    return {**batch, **others}
+
+
 def _as_in_update(loss: LossFunction) -> LossFunction:
     """The loss with what `step.update` does to it, to the last byte: it is weighted, and its
     value is kept to the end of the step."""
     values = []
 
     def weighted(model: nn.Module, batch: Batch) -> torch.Tensor:
-        mean = loss(model, batch)
+        mean = loss(model, {k: v for k, v in batch.items() if not k.startswith(_WAITING)})
         values.append(mean.detach())
         return mean * 1.0
 

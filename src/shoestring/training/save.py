@@ -26,7 +26,7 @@ def save_model(model: Any, tokenizer: Any, directory: Path, *, card: str) -> Non
             f"{type(model).__name__} cannot be saved as a Hugging Face directory",
             expected="a transformers.PreTrainedModel, which has save_pretrained",
         )
-    with atomic_directory(directory) as temporary, _no_progress_bar():
+    with atomic_directory(directory) as temporary, no_progress_bar():
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -34,8 +34,8 @@ def save_model(model: Any, tokenizer: Any, directory: Path, *, card: str) -> Non
 
 
 @contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws one while writing, over whatever else is on the terminal."""
+def no_progress_bar() -> Iterator[None]:
+    """transformers draws one while reading and writing, over whatever is on the terminal."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

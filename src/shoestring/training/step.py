@@ -51,7 +51,7 @@ def update(
     weights = shares(counts, total=total, world=world.size)
     losses = []
     for index, (batch, weight) in enumerate(zip(microbatches, weights, strict=True)):
-        averages = index == len(microbatches) - 1
+        averages = index == len(weights) - 1
         with contextlib.nullcontext() if averages else _accumulating(model):
             mean = loss(model, on_device(batch if weight else _with_a_target(batch), world.device))
             (mean * weight).backward()
