@@ -54,8 +54,8 @@ def main() -> None:
         assert events[-1]["event"] == "done", events[-1]
         text = shoestring("generate", "run", "--prompt", "line", "--tokens", "4", cwd=here)
         assert text[-1]["text"]
-        refused = shoestring("train", "run.toml", "--run.budget", "1MiB", cwd=here, code=3)
-        assert refused[-1]["error"]["smallest_bytes"] > 2**20
+        refused = shoestring("train", "run.toml", "--run.budget", "100KiB", cwd=here, code=3)
+        assert refused[-1]["error"]["smallest_bytes"] > 100 * 2**10
     print(f"smoke test passed with {package.__file__}")
 
 
