@@ -195,6 +195,12 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         simulate(3, text())
 
 
+def test_a_model_that_decides_by_values_is_refused_with_a_way_out() -> None:
+    model = build("mixtral", experts_implementation="eager")
+    with pytest.raises(ConfigError, match="grouped_mm"):
+        simulate(model, text(tokens=16))
+
+
 def test_the_model_and_the_random_state_are_left_alone() -> None:
     model = build("llama")
     state, mode = {k: v.clone() for k, v in model.state_dict().items()}, model.training

@@ -14,7 +14,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
@@ -73,6 +77,8 @@ def simulate(
     accumulate: forward and backward passes in each step.  autocast: dtype of the forward.
     mask: an attention mask of all ones is dropped by a real run, one with padding is not and
     needs more; "worst" counts as if it had padding, "given" believes the batch.
+
+    ConfigError for what is no model, and for a model whose shapes depend on values.
     """
     mode = FakeTensorMode()
     twin = fake_model(model_or_config, mode)
@@ -86,7 +92,7 @@ def simulate(
         tracker = Tracker()
         tracker.seed(twin, chosen)
         tracker.assign("other", _tensors(fake))
-        with tracker:
+        with tracker, _explained(twin):
             for _ in range(steps):
                 for _ in range(accumulate):
                     with _autocast(twin, autocast):
@@ -170,6 +176,20 @@ def _build(config: Any) -> nn.Module:
         return transformers.AutoModelForCausalLM.from_config(config)
     finally:
         torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    """Says what to do about a model that branches on values, which fake tensors do not have."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ConfigError(
+            f"{type(model).__name__} decides by the values of its tensors ({error.func}), so its "
+            "memory cannot be predicted without running it",
+            expected="shapes that follow from the shapes of the batch",
+            hint="For a mixture of experts, load it with experts_implementation='grouped_mm'",
+        ) from error
 
 
 def _fused_adamw(parameters: list[nn.Parameter]) -> Optimizer:
