@@ -47,7 +47,7 @@ def test_settings_are_read_into_their_sections():
     [
         ("[optim]\nlrr = 1", "unknown setting optim.lrr. Did you mean 'optim.lr'?"),
         ("[optin]\nlr = 1", "unknown setting optin. Did you mean 'optim'?"),
-        ("[optim]\nqqqqqq = 1", "unknown setting optim.qqqqqq; expected one of optim.name, optim.lr"),
+        ("[optim]\nqqqqqq = 1", "setting optim.qqqqqq; expected one of optim.name, optim.lr"),
         ('[optim]\nlr = "fast"', "optim.lr = 'fast' cannot be used; expected a number"),
         ("[run]\nsteps = 1.5", "run.steps = 1.5 cannot be used; expected a whole number"),
         ("[run]\nsteps = true", "run.steps = True cannot be used; expected a whole number"),

@@ -67,18 +67,17 @@ class DemoWatcher(Watcher):
         """The table of alternatives against the budget."""
         budget = plan.budget_bytes
         table = Table(title=f"one update of the same shape, budget {format_bytes(budget)}")
-        for name in ("", "peak", "x budget", "an update", ""):
-            table.add_column(name, justify="left" if not name else "right")
+        for name in ("", "peak", "x budget", "an update", "fits"):
+            table.add_column(name, justify="right" if name else "left", no_wrap=True)
         rows = list(plan.table())
         for row in rows:
             is_ours = row is rows[-1]
-            fits = row.peak_bytes <= budget
             table.add_row(
                 "reversible, planned" if is_ours else row.name,
                 format_bytes(row.peak_bytes),
                 f"{row.peak_bytes / budget:.2f}",
                 "-" if row.seconds is None else format_seconds(row.seconds),
-                "fits" if fits else "does not fit",
+                "yes" if row.peak_bytes <= budget else "no",
                 style="bold green" if is_ours else None,
             )
         self.terminal.note(table, "(predicted, before anything was allocated)")
@@ -171,7 +170,7 @@ def _scores(marks: dict[str, float], receipt: dict[str, Any], config: RunConfig)
     # a row of T tokens has T - 1 to predict
     seen = receipt["steps"] * config.data.batch_size * (config.data.sequence_length - 1)
     rows = {"this model": model, "this model before training": before, **_named(marks)}
-    table = Table(title=f"held-out files, {quality['after']['bytes']:,} bytes, never trained on")
+    table = Table(title=f"{quality['after']['bytes']:,} bytes never trained on")
     table.add_column("")
     table.add_column("bits a byte", justify="right")
     for name, bits in sorted(rows.items(), key=lambda row: row[1]):
