@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,8 @@ class Question:
 
 
 FULL = Question()
-SMALL = Question(blocks=4, width=64, vocabulary=512, budget_bytes=12 << 20, common_length=128,
-                 limit_length=1 << 14)  # fmt: skip
+SMALL = Question(blocks=2, width=64, vocabulary=512, budget_bytes=6 << 20, grain=128,
+                 common_length=128, limit_length=1 << 13)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,16 @@ def predicted_bytes(question: Question, scheme: Scheme, length: int) -> int:
     ).peak_bytes
 
 
-def longest(question: Question, peak: Callable[[int], int]) -> tuple[int, int]:
+def longest(question: Question, scheme: Scheme) -> tuple[int, int]:
     """(length, predicted bytes): the longest multiple of `grain` that fits, or (0, ...).
 
     The peak is nearly straight in the length, so the guess is drawn between what is known, and
     halved where that gets stuck.
     """
+
+    def peak(length: int) -> int:
+        return predicted_bytes(question, scheme, length)
+
     grain, budget = question.grain, question.budget_bytes
     low, low_bytes = grain, peak(grain)
     if low_bytes > budget:
@@ -332,7 +336,7 @@ def main() -> None:
     names = [*SCHEMES][1:6:4] if arguments.smoke else [*SCHEMES]
     rows: dict[str, Any] = {}
     for name in names:
-        length, promised = longest(question, lambda n: predicted_bytes(question, SCHEMES[name], n))
+        length, promised = longest(question, SCHEMES[name])
         rows[name] = {"longest": length, "predicted_bytes": promised}
         print(f"{name}: {length} tokens, {promised / 1e6:.1f} MB predicted", file=sys.stderr)
     for name, row in rows.items():

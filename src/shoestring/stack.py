@@ -67,19 +67,23 @@ class BlockCall:
         cls, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> "BlockCall":
         """Find the hidden state and put a hole where it stood, so that nothing here keeps it."""
-        for place, value in (*enumerate(args), *kwargs.items()):
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, value in places:
             if isinstance(value, Tensor) and value.is_floating_point():
-                break
-        else:
-            raise StackError(
-                "a block was called without a floating-point tensor",
-                expected="the hidden state among the block's arguments",
-            )
-        if isinstance(place, int):
-            args = (*args[:place], None, *args[place + 1 :])
-        else:
-            kwargs = {**kwargs, place: None}
-        return cls(forward, args, kwargs, place, value)
+                return cls(forward, *_without(place, args, kwargs), place, value)
+        raise StackError(
+            "a block was called without a floating-point tensor",
+            expected="the hidden state among the block's arguments",
+        )
+
+
+def _without(
+    place: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with None at that place."""
+    if isinstance(place, int):
+        return (*args[:place], None, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: None}
 
 
 class Executor:
@@ -152,14 +156,13 @@ class Runner:
         assert block is not None
         if torch.is_grad_enabled():
             args, kwargs = without_cache(block, args, kwargs)
-        return self.executor.run(
-            self.position, block, BlockCall.bind(self.original, args, kwargs)
-        )
+        return self.executor.run(self.position, block, BlockCall.bind(self.original, args, kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runner":
         from copy import deepcopy
 
         block = self._block()
+        assert block is not None
         # deepcopy registers the new block before it copies the block's attributes.
         new_block = memo.get(id(block), block)
         inner = deepcopy(self.inner, memo) if isinstance(self.inner, Runner) else self.inner
