@@ -10,7 +10,7 @@ budget.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -26,7 +26,7 @@ from .solver import Solver
 from .timing import Timer
 from .ways import Allow, Offer, Way, allowed, apply_ways, bare, offer_for, patches_for
 
-NEAR = 0.04
+NEAR = 0.03
 """How far the chain model may be off the simulation: within this of the budget, simulate."""
 PATCHED = 1.01
 """A loss or module method counts as this much slower than the clock says, so that it is used
@@ -237,15 +237,13 @@ class Planner:
 
     # -- the promise -------------------------------------------------------------------------
 
-    def simulate(
-        self, choice: Choice, *, prepare: Callable[[nn.Module], None] = bare, whole: bool = False
-    ) -> Profile:
+    def simulate(self, choice: Choice, *, whole: bool = False) -> Profile:
         """A step with the choice in place; `whole`: from the first step on, as promised."""
-        key = (choice.key, prepare, whole)
+        key = (choice.key, whole)
         if key not in self._profiles:
 
             def put(model: nn.Module) -> None:
-                prepare(model)
+                bare(model)
                 apply_ways(model, choice.patches, choice.spans)
 
             run = self.step.simulate if whole else self.step.simulate_second
@@ -263,7 +261,7 @@ class Planner:
 
     def choose(self, budget: int) -> Choice | None:
         """The fastest choice whose simulated peak is within the budget, or None."""
-        if self.smallest_bytes > budget:
+        if not self._feasible(budget):
             return None
         # Always the same places are looked at first, whatever the budget: a larger budget then
         # never ends lower, even where the curve and the simulation disagree a little.
@@ -276,7 +274,15 @@ class Planner:
                 high = middle
         while low >= 0 and self.promise(self.curve[low]).peak_bytes > budget:
             low -= 1
-        return self.curve[low] if low >= 0 else self._slowest()
+        if low >= 0:
+            return self.curve[low]
+        return self._slowest() if self.smallest_bytes <= budget else None
+
+    def _feasible(self, budget: int) -> bool:
+        """Whether the smallest choice fits; found out before anything is timed."""
+        if self.smallest.peak_bytes < budget * (1 - NEAR):
+            return True
+        return self.smallest_bytes <= budget
 
     def _fits(self, choice: Choice, budget: int) -> bool:
         if abs(choice.peak_bytes - budget) > NEAR * budget:
@@ -296,10 +302,11 @@ class Planner:
 
     # -- what else there would be --------------------------------------------------------------
 
-    def alternatives(self) -> list[tuple[str, Choice, Profile]]:
-        """The usual schemes beside the plan: everything kept, every block run again, nested."""
-        streams = self.offer.streams
-        variant = self._plain_variant if streams else self._base_variant
+    def alternatives(self) -> list[tuple[str, Choice, str]]:
+        """The usual schemes beside the plan, by the chain model, and the moment of their peak:
+        everything kept, every block run again, nested."""
+        plain = "plain: " if self.offer.streams else ""
+        variant = self._plain_variant if plain else self._base_variant
         chain, n = variant.chain, len(variant.chain.blocks)
         schemes: list[tuple[str, Schedule]] = []
         if all(b.options for b in chain.blocks):
@@ -311,8 +318,9 @@ class Planner:
         rows = []
         for name, schedule in schemes:
             choice = variant.choice(schedule, self.floor)
-            profile = self.simulate(choice, prepare=strip if streams else bare)
-            rows.append((f"plain: {name}" if streams else name, choice, profile))
+            above = choice.peak_bytes > self.floor
+            instant = evaluate(chain, schedule).instant if above else "optimizer step"
+            rows.append((plain + name, choice, instant))
         return rows
 
     @cached_property

@@ -98,13 +98,13 @@ class PlanFor:
         chosen = self.planner
         profile = chosen.promise(choice)
         rows = tuple(
-            Row(name, p.peak_bytes, c.seconds if chosen.timed else None, p.instant)
-            for name, c, p in chosen.alternatives()
+            Row(name, c.peak_bytes, c.seconds if chosen.timed else None, instant)
+            for name, c, instant in chosen.alternatives()
         )
         return Plan(
             budget_bytes=limit, peak_bytes=profile.peak_bytes, by_category=profile.by_category,
             instant=profile.instant, step_seconds=choice.seconds if chosen.timed else None,
-            smallest_bytes=chosen.smallest_bytes, spans=choice.spans, patches=choice.patches,
+            spans=choice.spans, patches=choice.patches,
             rows=rows, blocks=len(chosen.base.stack), model=type(chosen.base.model).__name__,
         )  # fmt: skip
 

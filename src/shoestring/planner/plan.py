@@ -60,8 +60,8 @@ class Plan:
 
     budget_bytes: what was given.  peak_bytes: promised peak of live tensors.  by_category: that
     peak in the words of Meter.  instant: the phase it falls in.  step_seconds: predicted, None
-    when nothing was timed.  smallest_bytes: the smallest budget that would have worked.
-    rows: the usual schemes beside this plan.  blocks: how many blocks the stack has.
+    when nothing was timed.  rows: the usual schemes beside this plan, by the chain model (within
+    a few percent).  blocks: how many blocks the stack has.
     """
 
     budget_bytes: int
@@ -69,7 +69,6 @@ class Plan:
     by_category: Mapping[str, int]
     instant: str
     step_seconds: float | None
-    smallest_bytes: int
     spans: tuple[Span, ...]
     patches: tuple[Way, ...]
     rows: tuple[Row, ...]
@@ -182,7 +181,7 @@ class Plan:
 
 
 _FIELDS = ("model", "blocks", "budget_bytes", "peak_bytes", "by_category", "instant",
-           "step_seconds", "smallest_bytes")  # fmt: skip
+           "step_seconds")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
