@@ -6,7 +6,8 @@ byte n-grams and compressors on exactly the same files, whichever way that falls
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.panel import Panel
@@ -20,16 +21,20 @@ from ..training.config import (
     JobConfig,
     ModelConfig,
     OptimConfig,
+    PlanConfig,
     RunConfig,
     ScheduleConfig,
 )
 from ..units import format_bytes, format_seconds
 from .arguments import Common
+from .plan import plan_of_run
 from .progress import Watcher
 from .terminal import Terminal
 
 _HELD_OUT = 0.005  # about 9 files, 150 kB: scored whole in seconds
 _MIN_STEPS = 4
+_LEAST_MINUTES = 1.0  # of training, however long the rest took
+_AFTERWARDS_MINUTES = 0.75  # scoring twice, sampling, yardsticks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +43,8 @@ class Arguments(Common):
 
     budget: str = "300MiB"
     """Peak bytes of live tensors that training may use."""
-    minutes: float = 2.5
-    """Minutes of training; data, planning and scoring come on top."""
+    minutes: float = 4.5
+    """Minutes for everything: reading, planning, training with what is left, scoring."""
     blocks: int = 32
     """Depth of the model."""
     width: int = 128
@@ -62,6 +67,10 @@ class Arguments(Common):
 
 class DemoWatcher(Watcher):
     """Shows the plan beside the usual schemes, in the shape of a picture."""
+
+    def _stage(self, kind: str) -> None:
+        if kind not in ("start", "data"):  # both were done before, and said
+            super()._stage(kind)
 
     def show_plan(self, plan: Any) -> None:
         """The table of alternatives against the budget."""
@@ -88,7 +97,7 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
     from ..training.loop import train
 
     started = time.monotonic()
-    config = _config(arguments, steps=_steps_within(arguments, terminal))
+    config = _prepared(arguments, terminal, started)
     with DemoWatcher(terminal, config.run) as watch:
         done = train(config, progress=watch)
     if done.receipt["status"] == "interrupted":
@@ -109,11 +118,38 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
     return 0
 
 
-def _config(arguments: Arguments, *, steps: int) -> RunConfig:
+def _prepared(arguments: Arguments, terminal: Terminal, started: float) -> RunConfig:
+    """The run's settings, once its data is encoded and its plan is made and written.
+
+    Both come before the number of updates, because training gets the time they leave.
+    """
+    from ..training.distributed import world
+    from ..training.prepare import prepare_data
+
+    config = _config(arguments)
+    terminal.note("reading the standard library, training a tokenizer, encoding ...")
+    with world("auto") as alone:
+        prepare_data(config, alone)
+    terminal.note("planning: one block at a time is measured ...")
+    plan = plan_of_run(config)
+    file = Path(arguments.directory) / "plan.json"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(plan.to_json() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--directory {arguments.directory}: {error}") from None
+    config = replace(config, plan=PlanConfig(file=str(file)))
+    seconds = _seconds_of_an_update(config)
+    spent = (time.monotonic() - started) / 60
+    minutes = max(_LEAST_MINUTES, arguments.minutes - spent - _AFTERWARDS_MINUTES)
+    steps = max(_MIN_STEPS, int(60 * minutes / seconds))
+    return replace(config, run=replace(config.run, steps=steps, minutes=1.05 * minutes))
+
+
+def _config(arguments: Arguments) -> RunConfig:
     return RunConfig(
         run=JobConfig(
-            directory=arguments.directory, seed=arguments.seed, steps=steps,
-            minutes=arguments.minutes * 1.1, budget=arguments.budget,
+            directory=arguments.directory, seed=arguments.seed, budget=arguments.budget
         ),
         model=ModelConfig(
             rule="feistel", hidden_size=arguments.width, num_hidden_layers=arguments.blocks,
@@ -130,29 +166,33 @@ def _config(arguments: Arguments, *, steps: int) -> RunConfig:
     )  # fmt: skip
 
 
-def _steps_within(arguments: Arguments, terminal: Terminal) -> int:
-    """How many updates this machine makes in the minutes given, from three that are timed.
+def _seconds_of_an_update(config: RunConfig) -> float:
+    """The quickest of three updates of the same shape.
 
-    The schedule needs the number beforehand; the clock still ends the run when it was too high.
+    The schedule needs to know how many there will be; the clock still ends the run when this was
+    too hopeful.
     """
     import torch
 
     from ..models.gpt import GPT, GPTConfig
 
-    config = _config(arguments, steps=1)
     shape: dict[str, Any] = config.model.gpt_fields()
-    with terminal.progress.status("timing three updates"):
-        model = GPT(GPTConfig(vocab_size=config.data.vocabulary, rule="feistel", **shape)).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        ids = torch.zeros(arguments.batch_size, arguments.sequence_length, dtype=torch.long)
-        seconds = []
-        for _ in range(3):
-            begun = time.perf_counter()
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seconds.append(time.perf_counter() - begun)
-    return max(_MIN_STEPS, int(60 * arguments.minutes / min(seconds)))
+    rows = config.data.batch_size, config.data.sequence_length
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = GPT(GPTConfig(vocab_size=config.data.vocabulary, rule=config.model.rule, **shape))
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    ids = torch.zeros(*rows, dtype=torch.long, device=device)
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
 
 
 def _yardsticks(config: RunConfig) -> dict[str, float]:

@@ -70,7 +70,7 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
     if arguments.model.endswith(".toml"):
         config = _run_config(arguments)
         with terminal.progress.status("measuring one block at a time"):
-            plan = _plan_of_run(config)
+            plan = plan_of_run(config)
         length: _Length | None = _Length(config.run.steps, "run.steps")
     else:
         with terminal.progress.status("measuring one block at a time"):
@@ -92,7 +92,7 @@ def _run_config(arguments: Arguments) -> RunConfig:
     return replace(config, run=replace(config.run, budget=budget))
 
 
-def _plan_of_run(config: RunConfig) -> Any:
+def plan_of_run(config: RunConfig) -> Any:
     """The plan that `train` would make, without its data: rows of ids are all alike."""
     import torch
 
