@@ -65,15 +65,17 @@ def fitting_changes(planner: Planner, budget: int) -> list[Change]:
 def _mildest(attempts: list[Attempt], budget: int) -> Change | None:
     """The mildest of attempts ordered by strength that fits, None when the strongest does not."""
     try:
-        if not attempts or attempts[-1][1]() > budget:
+        if not attempts:
             return None
-        for text, attempt in attempts:
+        *milder, (strongest, attempt) = attempts
+        least = attempt()  # when not even this fits, the milder ones need no look
+        for text, attempt in milder if least <= budget else []:
             peak = attempt()
             if peak <= budget:
                 return Change(text, peak)
+        return Change(strongest, least) if least <= budget else None
     except (ShoestringError, RuntimeError, ValueError, IndexError):
         return None  # this model does not take such a change
-    return None
 
 
 def _families(planner: Planner) -> Iterator[Iterator[Attempt]]:

@@ -209,25 +209,31 @@ class Planner:
         found = []
         for v in variants:
             choices = [v.choice(s, self.floor) for s in v.schedules()]
-            found += self._anchored(choices) if self.offer.streams else choices
+            found += self._corrected(choices) if self.offer.streams else choices
         kept: list[Choice] = []
         for c in sorted(found, key=lambda c: (c.peak_bytes, c.seconds, len(c.patches))):
             if not kept or c.seconds < kept[-1].seconds:
                 kept.append(c)
         return kept
 
-    def _anchored(self, choices: list[Choice]) -> list[Choice]:
-        """Choices of which each keeps one block more than the last, with peaks corrected by
-        simulating the first and the last: what a block holds in the middle of a stack that is
-        rebuilt from its end cannot be measured on it alone."""
-        first, last = (
-            self.simulate(c).peak_bytes - c.peak_bytes for c in (choices[0], choices[-1])
-        )
+    def _corrected(self, choices: list[Choice]) -> list[Choice]:
+        """Choices of which each keeps one block more than the last, with corrected peaks."""
+        first, last = self._off
         steps = max(1, len(choices) - 1)
         return [
             replace(c, peak_bytes=c.peak_bytes + first + (last - first) * k // steps)
             for k, c in enumerate(choices)
         ]
+
+    @cached_property
+    def _off(self) -> tuple[int, int]:
+        """How far the chain model is off the simulation with nothing and with all kept: what a
+        block holds in the middle of a stack that is rebuilt from its end cannot be measured on
+        it alone."""
+        base = next(v for v in self.variants if not v.patches)
+        ends = [base.choice(base.schedules()[k], self.floor) for k in (0, -1)]
+        first, last = (self.simulate(c).peak_bytes - c.peak_bytes for c in ends)
+        return first, last
 
     @cached_property
     def _timed_variants(self) -> list[Variant]:
