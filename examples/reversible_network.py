@@ -1,6 +1,6 @@
 """A reversible network of your own: memory flat in depth, gradients bit-equal to storing all.
 
-    python examples/reversible_network.py
+python examples/reversible_network.py
 """
 
 import copy

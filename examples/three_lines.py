@@ -63,7 +63,8 @@ def main() -> None:
     print(verified)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; equal to the unplanned run: ", end="")
     print(losses == expected)
-    assert losses == expected and verified.measured <= budget
+    assert losses == expected
+    assert verified.measured <= budget
 
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ def measure(shape: dict[str, int], arm: str, rows: int, length: int, steps: int)
         batch = batch_of(shape, rows, length)
         row: dict[str, Any] = {"arm": arm, "rows": rows, "length": length}
         if not arm.startswith("transformers"):
+
             def build() -> nn.Module:
                 with torch.device(DEVICE):
                     return LlamaForCausalLM(config)

@@ -31,9 +31,7 @@ class Roles:
 
 ROLES = (
     # Llama, Mistral, Qwen, Gemma 1, Mixtral
-    Roles(
-        ("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"), "self_attn"
-    ),
+    Roles(("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"), "self_attn"),
     # GPT-2
     Roles(("ln_1", "attn"), ("ln_2", "mlp"), "attn"),
     # Gemma 2 and 3

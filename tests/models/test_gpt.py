@@ -92,7 +92,7 @@ def test_the_loss_is_that_of_the_next_token() -> None:
 
 
 def test_shapes_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ConfigError, match="num_attention_heads = 3.*expected an even width"):
+    with pytest.raises(ConfigError, match=r"num_attention_heads = 3; expected an even width"):
         GPTConfig(hidden_size=32, num_attention_heads=3)
     with pytest.raises(ConfigError, match="a divisor of num_attention_heads = 4"):
         GPTConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=3)

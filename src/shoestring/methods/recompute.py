@@ -189,4 +189,3 @@ class Recompute(Method):
                     expected=f"indices from 0 to {stop - start - 1}",
                 )
         return RecomputeExecutor(config)
-

@@ -144,9 +144,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.dropout(
-            self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
-        )
+        return self.dropout(self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden)))
 
 
 class Block(nn.Module):
@@ -177,7 +175,7 @@ class GPTPreTrained(PreTrainedModel):
 
     config_class = GPTConfig
     base_model_prefix = "model"
-    _no_split_modules = ["Block"]  # noqa: RUF012 - transformers' own convention
+    _no_split_modules = ["Block"]
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -269,10 +267,11 @@ def causal_mask(
 class GPT(GPTPreTrained, GenerationMixin):
     """A causal language model: GPTModel and a head, tied by default."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"
         self.model = GPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
