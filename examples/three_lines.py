@@ -48,12 +48,15 @@ def train(model: LlamaForCausalLM, batches: list[dict[str, torch.Tensor]]) -> li
 
 def main() -> None:
     batches = make_batches(12)
-    plain = shoestring.plan(make_model(), batches[0], budget="10 GiB", optimizer=make_optimizer)
+    roomy = {"budget": "10 GiB", "optimizer": make_optimizer, "seconds": False}
+    plain = shoestring.plan(make_model(), batches[0], **roomy)
     expected = train(make_model(), batches)
 
     model = make_model()
     budget = plain.peak_bytes * 3 // 4
-    plan = shoestring.plan(model, batches[0], budget=budget, optimizer=make_optimizer)
+    plan = shoestring.plan(
+        model, batches[0], budget=budget, optimizer=make_optimizer, allow="bitwise"
+    )
     plan.apply(model)
     print(plan)
     losses = train(model, batches)

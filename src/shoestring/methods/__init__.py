@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from ..errors import ConfigError, StackError, closest
 from ..stack import Span, Stack
 from .base import Method, Promises, Undo
+from .chunked_loss import ChunkedLoss
+from .chunked_mlp import ChunkedMlp
 from .keep import Keep
 from .recompute import Recompute
 from .reversible import Reversible
@@ -15,6 +17,8 @@ METHODS: dict[str, Method] = {
         Keep(),
         Recompute(),
         Reversible(),
+        ChunkedLoss(),
+        ChunkedMlp(),
     )
 }
 

@@ -48,6 +48,8 @@ class Method:
     name: ClassVar[str]
     promises: ClassVar[Promises]
     Config: ClassVar[type] = NoConfig
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    """Other settings that a planner should try beside the default ones."""
 
     def configure(self, settings: Mapping[str, Any] | None = None) -> Any:
         """Settings (JSON-able) -> `Config`. ConfigError names an unknown one and the nearest."""

@@ -180,6 +180,7 @@ class Recompute(Method):
     name = "recompute"
     promises = Promises(fidelity="exact", grade="bitwise", applies_to="span", rebuilds="input")
     Config = RecomputeConfig
+    variants = ({"save": "attention"}, {"save": "matmuls"})
 
     def executor(self, stack: Stack, start: int, stop: int, config: Any) -> Executor:
         for index in config.hold or ():

@@ -6,7 +6,7 @@ picks under a budget, make is the door: `plan` for a model, `plan_config` for a 
 
 from .fake import Profile, simulate
 from .make import PlanFor, plan, plan_config, planner, planner_for_config
-from .plan import Plan, Row, Table, Verification
+from .plans import Plan, Row, Table, Verification
 
 __all__ = [
     "Plan",

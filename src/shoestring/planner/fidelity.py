@@ -44,10 +44,36 @@ def _grouped_mm(
         return torch.empty(shape, dtype=out_dtype or left.dtype, device="cpu")
 
 
+def _layer_norm(
+    mode: FakeTensorMode,
+    func: Any,
+    x: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Any:
+    """Mean and deviation of a half-precision input are float32 when the weights are (autocast).
+
+    torch's rule gives them the input's dtype on CPU (LayerNorm's `param_scalar_type`).
+    """
+    mixed = any(each is not None and each.dtype is not x.dtype for each in (weight, bias))
+    if x.device.type != "cpu" or not mixed:
+        return NotImplemented
+    kept = x.dim() - len(normalized_shape)
+    shape = [*x.shape[:kept], *(1 for _ in normalized_shape)]
+    with mode:
+        out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+        mean, deviation = (torch.empty(shape, device="cpu", dtype=torch.float32) for _ in "md")
+    return out, mean, deviation
+
+
 def _register() -> None:
-    func = getattr(torch.ops.aten, "_grouped_mm", None)
-    if func is not None:
-        fake_impls.op_implementations_dict.setdefault(func.default, _grouped_mm)
+    rules = {"_grouped_mm": _grouped_mm, "native_layer_norm": _layer_norm}
+    for name, rule in rules.items():
+        operator = getattr(torch.ops.aten, name, None)
+        if operator is not None:
+            fake_impls.op_implementations_dict.setdefault(operator.default, rule)
 
 
 _register()

@@ -14,7 +14,7 @@ from .budget import budget_bytes
 from .changes import out_of_budget
 from .choose import Choice, Planner
 from .cost import Step
-from .plan import Plan, Row
+from .plans import Plan, Row
 from .ways import Allow
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -40,7 +40,8 @@ def plan(
     give `loss(model, batch)`. Pass the largest batch that will come.
     budget: bytes, "6 GiB", or "auto" (what the device has free, less a margin).
     optimizer: an optimizer, or parameters -> optimizer; fused AdamW when left out.
-    allow: "exact", "unbiased" or "structural", or a list of method names.
+    allow: "exact", "unbiased" or "structural"; "bitwise" for exact methods that reorder no sums
+    (losses then equal those of the unplanned run bit for bit); or a list of method names.
     seconds: False skips all timing; the plan then has no step time.
     autocast, accumulate (forward and backward passes a step), grad_clip: as in the loop.
 

@@ -17,7 +17,8 @@ from ..errors import ConfigError, ShoestringError, closest
 from ..methods import METHODS, Method, apply_spans, method
 from ..stack import Executor, Span, Stack
 
-FIDELITIES = ("exact", "unbiased", "structural")
+FIDELITIES = ("bitwise", "exact", "unbiased", "structural")
+"""What `allow` may be, from strict to free; bitwise is exact without reordered sums."""
 Allow = str | Sequence[str]
 
 
@@ -56,7 +57,7 @@ def allowed(allow: Allow) -> list[Method]:
     list names them. Keeping is always allowed."""
     if isinstance(allow, str) and allow in FIDELITIES:
         good = FIDELITIES[: FIDELITIES.index(allow) + 1]
-        return [m for m in METHODS.values() if m.promises.fidelity in good]
+        return [m for m in METHODS.values() if {m.promises.fidelity, m.promises.grade} & {*good}]
     names = [allow] if isinstance(allow, str) else list(allow)
     for name in names:
         if name not in METHODS:
