@@ -92,7 +92,8 @@ class StreamTape:
         # The pair that backward walks: (x[level-1], x[level]).
         self.pair: list[Tensor] = []
         self.level = -1
-        self.amax = 0.0  # largest |value| of the pass, once checked
+        # Told the largest |value| of the pass once it is read (and in range).
+        self.measured: Callable[[float], None] | None = None
 
     # One step, in integers (or floats, when asked for).
 
@@ -212,12 +213,12 @@ class StreamTape:
         sizes, self.sizes = self.sizes, []
         if not self.grid.exact or not sizes or isinstance(sizes[0], FakeTensor):
             return
-        values = torch.stack(sizes)
+        values: list[float] = torch.stack(sizes).tolist()
         limit = self.grid.limit(self.rule.terms)
-        self.amax = float(values.max())
-        if self.amax < limit:
+        if all(v < limit for v in values):  # NaN is not
+            if self.measured is not None:
+                self.measured(max(values))
             return
-        values = values.tolist()
         first = next(i for i, v in enumerate(values) if not v < limit)
         what = "the stream read by" if first % 2 == 0 else "the output of"
         if not math.isfinite(values[first]):
@@ -265,9 +266,7 @@ class _Advance(torch.autograd.Function):
     """Carriers of x[k-1], x[k] and the update -> carrier of x[k+1]: the rule's own gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, prev: Tensor, cur: Tensor, u: Tensor, rule: Rule, step: Step
-    ) -> Tensor:
+    def forward(ctx: Any, prev: Tensor, cur: Tensor, u: Tensor, rule: Rule, step: Step) -> Tensor:
         ctx.rule, ctx.plain, ctx.sign, ctx.dtype = rule, step.plain, step.sign, u.dtype
         return _carrier(cur, cur.dtype)
 
@@ -308,9 +307,7 @@ class StreamRun:
     in the dtype given. `replay` steps are rebuilt in backward; the others keep their graph.
     """
 
-    def __init__(
-        self, rule: Rule, grid: Grid, *, training: bool, verify: bool = False
-    ) -> None:
+    def __init__(self, rule: Rule, grid: Grid, *, training: bool, verify: bool = False) -> None:
         self.tape = StreamTape(rule, grid, verify=verify)
         self.grid, self.rule = grid, rule
         # Evaluated, a rule that draws is the plain network, which cannot be walked down.
@@ -403,12 +400,13 @@ class StreamRun:
         step.sign = (draw * 2 - 1).to(self.cur.dtype)
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """The last pair as floats. Range errors surface here on a CPU, else at backward."""
+        """The last pair as floats. Range errors surface here, or, on a device where reading a
+        flag means waiting, at the backward if there will be one."""
         tape = self.tape
         if tape.level < 0 and tape.steps:
             tape.seal(self.prev, self.cur)
         prev = _Read.apply(self.prev_carrier, self.grid, self.prev, self.dtype)
         cur = self._read()
-        if cur.device.type == "cpu":
+        if cur.device.type == "cpu" or not (torch.is_grad_enabled() and tape.steps):
             tape.check()
         return prev, cur

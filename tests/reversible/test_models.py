@@ -287,3 +287,24 @@ def test_the_report_leaves_a_model_plain_that_could_not_be_measured():
         conversion_report(model, {"no_such_input": 1})
     assert not is_reversible(model)
     assert model.training
+
+
+def test_the_grid_of_a_pretrained_model_holds_its_massive_activations():
+    model = model_of("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:8] *= 2e5  # a few thousand in one token's stream
+    info = reversible(model, rule="bdia").config.shoestring
+    assert info["scale_bits"] < 20
+    ids = torch.arange(8)[None]
+    assert model(input_ids=ids, labels=ids).loss.isfinite()
+
+
+def test_the_grid_of_a_model_follows_what_training_shows():
+    model = reversible(model_of("llama"))
+    assert model.config.shoestring["scale_bits"] == 20
+    step(model)
+    assert model.config.shoestring["scale_bits"] == 20
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= 5000
+    step(model)
+    assert model.config.shoestring["scale_bits"] < 20

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..branches import roles_of, split
 from ..errors import ConfigError, StackError, closest
-from ..ops.fixed_point import DEFAULT_SCALE_BITS, Grid
+from ..ops.fixed_point import DEFAULT_SCALE_BITS, Grid, largest
 from ..stack import BlockCall, Executor, Runner, Stack, hidden_of, with_hidden, without_cache
 from ..streams import RULES, Rule, StreamRun
 from .base import Method, Promises
@@ -118,19 +118,17 @@ class ReversibleStack(nn.Module):
                 )
         if self.auto and not self.calibrated and not isinstance(q, FakeTensor):
             self._calibrate(p, q)
-        run = self._pass(p, q, replay=torch.is_grad_enabled())
-        if self.auto and run.tape.amax:
-            self._rescale(recalibrated(self.grid.streams, self.scale_bits, run.tape.amax))
-        return run.finished
-
-    def _pass(self, p: Tensor, q: Tensor, *, replay: bool) -> "_Finished":
-        run = _Finished(self.rule, self.grid, training=self.training, verify=self.verify)
+        run = StreamRun(self.rule, self.grid, training=self.training, verify=self.verify)
+        if self.auto and torch.is_grad_enabled():
+            run.tape.measured = self._measured
         run.start(p, q)
-        replayed_blocks = len(self.sub_blocks) - self.keep_top if replay else 0
+        replayed = len(self.sub_blocks) - self.keep_top if torch.is_grad_enabled() else 0
         for k, f in enumerate(self.sub_blocks):
-            run.step(f, f, replay=k < replayed_blocks, hold_output=k in self.hold_outputs)
-        run.finished = run.finish()
-        return run
+            run.step(f, f, replay=k < replayed, hold_output=k in self.hold_outputs)
+        return run.finish()
+
+    def _measured(self, amax: float) -> None:
+        self._rescale(recalibrated(self.grid.streams, self.scale_bits, amax))
 
     def _calibrate(self, p: Tensor, q: Tensor) -> None:
         """A pass without gradients on wide float streams; random numbers and norm statistics
@@ -176,12 +174,6 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True  # type: ignore[assignment]
-
-
-class _Finished(StreamRun):
-    """A pass with its result."""
-
-    finished: tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,7 +226,7 @@ class ReversibleExecutor(Executor):
         if position < self.count - 1:
             # The next layer finds the run on the carrier; nothing else may look at its values.
             following = run.cur_carrier
-            following._shoestring_run = (run, position + 1)  # type: ignore[attr-defined]
+            following._shoestring_run = (run, position + 1)
         else:
             following = self._finish(run)
         return with_hidden(output, following)
@@ -242,15 +234,17 @@ class ReversibleExecutor(Executor):
     def _begin(self, block: nn.Module, hidden: Tensor) -> StreamRun:
         grid = Grid(self.info["streams"], self.info["scale_bits"])
         run = StreamRun(self.rule, grid, training=block.training, verify=self.config.verify)
+        if self.info["auto"] and grid.exact and torch.is_grad_enabled():
+            run.tape.measured = self._measured
         run.start(hidden, hidden)
         return run
 
+    def _measured(self, amax: float) -> None:
+        bits = recalibrated(self.info["streams"], self.info["scale_bits"], amax)
+        self.info["scale_bits"] = bits
+
     def _finish(self, run: StreamRun) -> Tensor:
         prev, cur = run.finish()
-        if self.info["auto"] and run.tape.amax and run.grid.exact and torch.is_grad_enabled():
-            self.info["scale_bits"] = recalibrated(
-                self.info["streams"], self.info["scale_bits"], run.tape.amax
-            )
         return (prev + cur) * 0.5 if self.rule.name == "feistel" else cur
 
 
@@ -311,6 +305,7 @@ class Reversible(Method):
                     f"reversible: {setting} = {getattr(config, setting)}",
                     expected=f"0 to {len(stack)} blocks",
                 )
+        assert isinstance(runner.executor, ReversibleExecutor)
         return ReversibleExecutor(runner.executor.info, len(stack), config)
 
 
@@ -351,10 +346,8 @@ def reversible(
     cannot be split).
     """
     if not isinstance(model_or_blocks, nn.Module) or isinstance(model_or_blocks, nn.ModuleList):
-        blocks = list(model_or_blocks)  # type: ignore[arg-type]
-        return ReversibleStack(
-            blocks, rule, streams, scale_bits, keep_top=keep_top, verify=verify
-        )
+        blocks = list(model_or_blocks)
+        return ReversibleStack(blocks, rule, streams, scale_bits, keep_top=keep_top, verify=verify)
     chosen = rule_named(rule)
     grid = Grid(streams, first_scale_bits(streams, scale_bits))
     stack = Stack.of(model_or_blocks)
@@ -371,17 +364,25 @@ def reversible(
         "branches": chosen.name == "feistel" or _is_16_bit(stack),
         "tuple": False,
     }
+    probe = _Probe(splits=info["branches"])
     if info["branches"]:
         for block in stack.blocks:
             roles_of(block)
-        info["tuple"] = _check_split(stack)
+    if info["branches"] or hasattr(model_or_blocks, "get_input_embeddings"):
+        probe.run_through(stack)
+        info["tuple"] = probe.tuple
+    if info["auto"] and grid.exact and probe.amax:
+        # Never finer than the default, because the weights may still be replaced by loaded ones.
+        fitting = Grid.calibrated(streams, probe.amax, margin=2 * chosen.terms)
+        info["scale_bits"] = min(grid.scale_bits, fitting)
     config = Reversible().configure({"keep_top": keep_top, "verify": verify})
     if not 0 <= keep_top <= len(stack):
         raise ConfigError(f"keep_top = {keep_top}", expected=f"0 to {len(stack)} blocks")
     stack.apply([(0, len(stack), ReversibleExecutor(info, len(stack), config))])
     _holder(stack).register_forward_pre_hook(_RefuseHiddenStates(chosen), with_kwargs=True)
-    if getattr(model_or_blocks, "config", None) is not None:
-        model_or_blocks.config.shoestring = info
+    model_config: Any = getattr(model_or_blocks, "config", None)
+    if model_config is not None:
+        model_config.shoestring = info
     return model_or_blocks
 
 
@@ -488,56 +489,58 @@ def _is_16_bit(stack: Stack) -> bool:
     )
 
 
-class _PlainBranches(Executor):
-    """x + A(x) + G(x + A(x)) from the branches, beside the layer's own output."""
+class _Probe(Executor):
+    """Runs the layers as they are on a few tokens: how large their values are and, with
+    `splits`, whether x + A(x) + G(x + A(x)) from the branches is the layer's own output."""
 
     always = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, splits: bool) -> None:
+        self.splits = splits
         self.error = 0.0
+        self.amax = 0.0
         self.tuple = False
 
     def run(self, position: int, block: nn.Module, call: BlockCall) -> Any:
-        assert call.hidden is not None
-        # Both ways would write to the cache.
+        # Two runs would both write to a cache.
         args, kwargs = without_cache(block, call.args, call.kwargs)
         call = replace(call, args=args, kwargs=kwargs)
         x = call.hidden
+        assert x is not None
         output = call(x)
-        for branch in split(block, call):
-            x = x + branch(x)
         expected = hidden_of(output)
         self.tuple = isinstance(output, tuple | list)
+        summed = x
+        for branch in split(block, call) if self.splits else ():
+            summed = summed + branch(summed)
         if not isinstance(x, FakeTensor):
-            scale = float((expected - call.hidden).norm()) or 1.0
-            self.error = max(self.error, float((x - expected).norm()) / scale)
+            self.amax = max(self.amax, float(largest(x)), float(largest(expected)))
+            if self.splits:
+                scale = float((expected - x).norm()) or 1.0
+                self.error = max(self.error, float((summed - expected).norm()) / scale)
         return output
 
-
-def _check_split(stack: Stack) -> bool:
-    """Compare the branches with the layers on a few tokens; returns whether layers give tuples.
-
-    Under fake or meta tensors there are no values, so only the shapes are exercised."""
-    model = stack.model
-    probe = _PlainBranches()
-    parameter = next(model.parameters())
-    tokens = torch.arange(8, device=parameter.device).view(1, 8)
-    modes = [(module, module.training) for module in model.modules()]
-    stack.apply([(0, len(stack), probe)])
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(tokens) if parameter.device.type != "meta" else None
-    finally:
-        stack.restore()
-        for module, training in modes:
-            module.training = training
-    bound = 64 * torch.finfo(parameter.dtype).eps
-    if probe.error > bound:
-        raise StackError(
-            f"the attention and MLP branches of {type(stack.blocks[0]).__name__} do not add up "
-            f"to the layer (relative difference {probe.error:.1e})",
-            expected="layer(x) = x + A(x) + G(x + A(x))",
-            hint="It scales or gates its residuals; use a whole-layer rule (bdia, random_sign).",
-        )
-    return probe.tuple
+    def run_through(self, stack: Stack) -> None:
+        """Fill in the fields. Under fake or meta tensors there are no values."""
+        model = stack.model
+        parameter = next(model.parameters())
+        tokens = torch.arange(8, device=parameter.device).view(1, 8)
+        modes = [(module, module.training) for module in model.modules()]
+        stack.apply([(0, len(stack), self)])
+        try:
+            model.eval()
+            with torch.no_grad():
+                model(tokens) if parameter.device.type != "meta" else None
+        finally:
+            stack.restore()
+            for module, training in modes:
+                module.training = training
+        if self.error > 64 * torch.finfo(parameter.dtype).eps:
+            raise StackError(
+                "the attention and MLP branches of "
+                f"{type(stack.blocks[0]).__name__} do not add up to the layer (relative "
+                f"difference {self.error:.1e})",
+                expected="layer(x) = x + A(x) + G(x + A(x))",
+                hint="It scales or gates its residuals; use a whole-layer rule (bdia, "
+                "random_sign).",
+            )
