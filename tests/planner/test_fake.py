@@ -120,6 +120,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]]
     "checkpointed, padded": (lambda: checkpointed(build("qwen3")), {"padding": 20}, {}),
     "bf16": (lambda: build("llama grouped").bfloat16(), {}, {}),
     "autocast": (lambda: build("llama"), {}, {"autocast": torch.bfloat16}),
+    "layer norm under autocast": (lambda: build("bert"), {}, {"autocast": torch.bfloat16}),
     "accumulated, clipped": (lambda: build("llama"), {}, {"accumulate": 2, "grad_clip": 1.0}),
     "large vocabulary": (lambda: build("llama", vocab_size=8000), {}, {}),
     "default adamw": (lambda: build("llama"), {"rows": 1, "tokens": 8}, {"optimizer": adamw()}),

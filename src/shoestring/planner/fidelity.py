@@ -44,36 +44,45 @@ def _grouped_mm(
         return torch.empty(shape, dtype=out_dtype or left.dtype, device="cpu")
 
 
-def _layer_norm(
-    mode: FakeTensorMode,
-    func: Any,
-    x: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Any:
-    """Mean and deviation of a half-precision input are float32 when the weights are (autocast).
+def _norm(mode: FakeTensorMode, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Mean and deviation of a half-precision input are float32 where the weights are (autocast).
 
-    torch's rule gives them the input's dtype on CPU (LayerNorm's `param_scalar_type`).
+    torch's rule gives them the input's dtype on CPU (`param_scalar_type` in the kernels).
     """
-    mixed = any(each is not None and each.dtype is not x.dtype for each in (weight, bias))
+    others = [each for each in args if isinstance(each, Tensor)]
+    mixed = any(each.dtype is torch.float32 is not x.dtype for each in others)
     if x.device.type != "cpu" or not mixed:
         return NotImplemented
-    kept = x.dim() - len(normalized_shape)
-    shape = [*x.shape[:kept], *(1 for _ in normalized_shape)]
     with mode:
-        out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
-        mean, deviation = (torch.empty(shape, device="cpu", dtype=torch.float32) for _ in "md")
-    return out, mean, deviation
+        alike = [each.to(x.dtype) if isinstance(each, Tensor) else each for each in args]
+        out, mean, deviation = func(x, *alike, **kwargs)
+        return out, mean.float(), deviation.float()
+
+
+_RULES = {
+    "_grouped_mm": _grouped_mm,
+    "native_layer_norm": _norm,
+    "native_group_norm": _norm,
+}
 
 
 def _register() -> None:
-    rules = {"_grouped_mm": _grouped_mm, "native_layer_norm": _layer_norm}
-    for name, rule in rules.items():
+    """Put the rules before torch's own, which stay in charge of all that is not theirs."""
+    table = fake_impls.op_implementations_dict
+    for name, rule in _RULES.items():
         operator = getattr(torch.ops.aten, name, None)
         if operator is not None:
-            fake_impls.op_implementations_dict.setdefault(operator.default, rule)
+            table[operator.default] = _before(table.get(operator.default), rule)
+
+
+def _before(torchs: Any, rule: Any) -> Any:
+    def either(mode: FakeTensorMode, func: Any, *args: Any, **kwargs: Any) -> Any:
+        out = rule(mode, func, *args, **kwargs)
+        if out is NotImplemented and torchs is not None:
+            return torchs(mode, func, *args, **kwargs)
+        return out
+
+    return either
 
 
 _register()
