@@ -3,7 +3,8 @@
 Arms: the plain loss, ours with gradients made in forward and in backward, torch's own chunked
 `F.linear_cross_entropy` where this torch has one, and other libraries' where they import. Then
 one small language model with a vocabulary of 50,257, plain and with chunked_loss applied.
-Seconds are CPU seconds of forward + backward, medians of interleaved rounds.
+Seconds are CPU seconds of forward + backward, medians of interleaved rounds (torch's own, which
+takes very long on a CPU, is timed once a case).
 Writes results/chunked_loss.json and the table made of it, results/chunked_loss.md.
 """
 
@@ -42,6 +43,7 @@ LIBRARIES = {
     "Liger": "liger_kernel.transformers",
     "Cut Cross Entropy": "cut_cross_entropy",
 }
+TORCH = "torch F.linear_cross_entropy"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -85,9 +87,7 @@ def arms() -> dict[str, Loss]:
     }
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if options is not None:
-        found["torch F.linear_cross_entropy"] = partial(
-            F.linear_cross_entropy, options=options(), ignore_index=-100
-        )
+        found[TORCH] = partial(F.linear_cross_entropy, options=options(), ignore_index=-100)
     return found
 
 
@@ -116,7 +116,9 @@ def compare(shape: tuple[int, int, int], mode: str | None, rounds: int) -> dict[
     rows: dict[str, Any] = {}
     expected = tuple(t.clone() for t in step(arms()["plain"]))
     for name, loss in arms().items():
+        start = time.process_time()
         got = step(loss)
+        once = time.process_time() - start
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(got, expected, strict=True)]
         del got
         hidden.grad = weight.grad = None
@@ -126,10 +128,12 @@ def compare(shape: tuple[int, int, int], mode: str | None, rounds: int) -> dict[
             "peak_bytes": meter.peak_bytes - meter.baseline_bytes,
             "retained_bytes": meter.retained_bytes,
             "relative_error": dict(zip(("loss", "hidden", "weight"), errors, strict=True)),
-            "seconds": [],
+            "seconds": [once] * rounds if name == TORCH else [],
         }
     for _ in range(rounds):
         for name, loss in arms().items():
+            if name == TORCH:
+                continue
             start = time.process_time()
             step(loss)
             rows[name]["seconds"].append(time.process_time() - start)

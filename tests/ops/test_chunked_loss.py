@@ -108,15 +108,18 @@ def test_16_bit_weights_get_gradients_in_their_dtype(gradients):
     assert_within(grads, gradients_of(plain, h, w), 1)
 
 
-def test_auto_gradients_follow_the_dtype_of_the_weight():
-    def kept(dtype):
+def test_auto_gradients_follow_the_dtype_of_the_products():
+    def kept(dtype, autocast=False):
         h, w, t, _ = problem(n=200, d=64, v=701, dtype=dtype)
         with Meter() as meter:
-            linear_cross_entropy(h, w, t).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = linear_cross_entropy(h, w, t)
+            loss.backward()
         return meter.retained_bytes
 
     assert kept(torch.float32) >= 701 * 64 * 4
     assert kept(torch.bfloat16) < 701 * 64 * 2
+    assert kept(torch.float32, autocast=True) < 701 * 64 * 2
 
 
 def test_frozen_weight_and_hidden_without_grad():

@@ -81,9 +81,10 @@ def linear_cross_entropy(
     the logits are made once. "backward": the logits are made again, vocabulary slice by slice, so
     that every part of dW is summed and rounded once; nothing but N floats is kept. At the moment
     that counts (end of forward, all activations alive) both need the same: dW is alive then
-    either way. "auto" is "forward", except for weights kept in 16 bits, where "forward" would
-    need a float32 sum of the size of the weight. "backward" also serves when several losses are
-    made before the first backward, or when most losses get none.
+    either way. "auto" is "forward" for 32-bit products. For 16-bit ones (weights in 16 bits, or
+    autocast) it is "backward" when the weight is trained: "forward" would add up rounded pieces
+    of dW, in a float32 sum as large as the weight, and was measured slower. "backward" also
+    serves when several losses are made before the first backward, or when most get none.
 
     ConfigError for arguments that do not fit; DataError for a target outside the vocabulary
     (checked on CPU; elsewhere it is the device's own assertion). StackError when the backward is
@@ -96,7 +97,7 @@ def linear_cross_entropy(
         scale=float(logit_scale),
         softcap=softcap,
         matmul_dtype=_matmul_dtype(hidden),
-        gradients=_where(gradients, weight),
+        gradients=_where(gradients, hidden, weight),
         wants=_wants(hidden, weight, bias),
     )
     kept = targets != ignore_index
@@ -351,9 +352,10 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _where(gradients: str, weight: Tensor) -> Literal["forward", "backward"]:
+def _where(gradients: str, hidden: Tensor, weight: Tensor) -> Literal["forward", "backward"]:
     if gradients == "auto":
-        return "backward" if weight.requires_grad and weight.dtype.itemsize < 4 else "forward"
+        narrow = _matmul_dtype(hidden).itemsize < 4
+        return "backward" if weight.requires_grad and narrow else "forward"
     return "forward" if gradients == "forward" else "backward"
 
 
