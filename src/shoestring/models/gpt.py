@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer_idx = layer
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.width = config.hidden_size // self.heads
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         )
         q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer)
+            k, v = past_key_values.update(k, v, self.layer_idx)
         if K != H:
             k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
         out = F.scaled_dot_product_attention(
