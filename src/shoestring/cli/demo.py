@@ -41,7 +41,7 @@ _AFTERWARDS_MINUTES = 0.75  # scoring twice, sampling, yardsticks
 class Arguments(Common):
     """A deep language model trained on real text in a few hundred MiB, nothing downloaded."""
 
-    budget: str = "300MiB"
+    budget: str = "256MiB"
     """Peak bytes of live tensors that training may use."""
     minutes: float = 4.5
     """Minutes for everything: reading, planning, training with what is left, scoring."""
@@ -51,7 +51,7 @@ class Arguments(Common):
     """Width of the model; a head is 32 wide."""
     sequence_length: int = 256
     """Tokens a row."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Rows an update."""
     directory: str = "runs/demo"
     """Where the run is kept."""

@@ -41,7 +41,7 @@ class Arguments(Common):
     """adamw has two states a weight, sgd none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 by autocast; weights stay float32."""
-    allow: Literal["exact", "unbiased", "structural"] = "exact"
+    allow: Literal["bitwise", "exact", "unbiased", "structural"] = "exact"
     """What may be changed about the network as given."""
     steps: int = 0
     """Updates to make, for the time to finish; 0 = once through the data."""
