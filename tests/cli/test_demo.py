@@ -27,7 +27,7 @@ def test_demo_is_deep_reversible_and_inside_a_budget():
     config = demo._config(demo.Arguments())
     assert config.model.gpt_fields()["num_hidden_layers"] >= 32
     assert config.model.rule == "feistel"
-    assert config.run.budget_bytes == 300 * 2**20
+    assert config.run.budget_bytes == 256 * 2**20
     assert config.data.source == "stdlib"
 
 
