@@ -39,7 +39,7 @@ SEED = 0
 FULL = {"L": 24, "D": 256, "T": 256, "B": 8}
 SMOKE = {"L": 2, "D": 32, "T": 16, "B": 2}
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-ALLOCATORS: dict[str, dict[str, str]] = {"default glibc": {}, "tuned": TUNED}
+ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "tuned": TUNED}
 
 
 def ours(shape: dict[str, int]) -> dict[str, dict[str, Any]]:
@@ -147,9 +147,9 @@ def rebuilt_error(net: Network, x: torch.Tensor) -> float:
     return max(float((first - again).abs().max()) for first, again in seen.values())
 
 
-def run_time(shape: dict[str, int], rounds: int) -> dict[str, Any]:
+def run_time(shape: dict[str, int], rounds: int, *, peers: bool) -> dict[str, Any]:
     """In this process: seconds of every row, and ratios paired within rounds."""
-    nets = {name: make() for name, make in rows(shape).items()}
+    nets = {name: make() for name, make in rows(shape, peers=peers).items()}
     taken = seconds(nets, data(shape), rounds=rounds)
     found = {
         name: {
@@ -211,14 +211,35 @@ def main() -> None:
     rounds = 2 if args.smoke else args.rounds
     if args.time_here:
         torch.set_num_threads(args.time_here)
-        numbers = {**run_time(shape, rounds), **environment(torch.device("cpu"))}
-        print(json.dumps(numbers))
+        # The peers are slower or as fast; one setting tells. It is half of the waiting.
+        peers = args.time_here == 1 and not os.environ.get("MALLOC_TRIM_THRESHOLD_")
+        numbers = run_time(shape, rounds, peers=peers)
+        print(json.dumps({**numbers, "process": environment(torch.device("cpu"))}))
         return
     torch.set_num_threads(1)  # bytes and gradients do not depend on it; the machine is spared
     for part in args.part:
         print(part, flush=True)
+        if part == "time":
+            time_parts(shape, rounds, args)
+            continue
         sizes = sizes_of(part, smoke=args.smoke)
-        save(part, sizes, numbers_of(part, sizes, args, rounds), smoke=args.smoke)
+        save(part, sizes, PARTS[part](sizes, args.smoke), smoke=args.smoke)
+
+
+def time_parts(shape: dict[str, int], rounds: int, args: argparse.Namespace) -> None:
+    """One receipt for each allocator setting and number of threads."""
+    flags = ["--rounds", str(rounds), *(["--smoke"] if args.smoke else [])]
+    for threads in args.threads:
+        for allocator in ALLOCATORS:
+            numbers = time_apart(allocator, threads, flags)
+            save(f"time-{allocator}-{threads}", shape, numbers, smoke=args.smoke)
+
+
+PARTS: dict[str, Callable[[dict[str, int], bool], dict[str, Any]]] = {
+    "memory": lambda shape, smoke: run_memory(shape),
+    "depth": lambda shape, smoke: run_depth(shape, (2, 4) if smoke else (6, 12, 24, 48, 96)),
+    "accuracy": lambda shape, smoke: run_accuracy(shape, (1.0, 4.0, 8.0)),
+}
 
 
 def sizes_of(part: str, *, smoke: bool) -> dict[str, int]:
@@ -228,25 +249,6 @@ def sizes_of(part: str, *, smoke: bool) -> dict[str, int]:
     small = {"depth": {"L": 0, "D": 128, "T": 128, "B": 2}}
     small["accuracy"] = {"L": 24, "D": 128, "T": 64, "B": 2}
     return small.get(part, FULL)
-
-
-def numbers_of(
-    part: str, shape: dict[str, int], args: argparse.Namespace, rounds: int
-) -> dict[str, Any]:
-    if part == "memory":
-        return run_memory(shape)
-    if part == "depth":
-        return run_depth(shape, (2, 4) if args.smoke else (6, 12, 24, 48, 96))
-    if part == "accuracy":
-        return run_accuracy(shape, (1.0, 4.0, 8.0))
-    flags = ["--rounds", str(rounds), *(["--smoke"] if args.smoke else [])]
-    return {
-        f"{allocator}, {threads} thread{'s' if threads > 1 else ''}": time_apart(
-            allocator, threads, flags
-        )
-        for allocator in ALLOCATORS
-        for threads in args.threads
-    }
 
 
 if __name__ == "__main__":

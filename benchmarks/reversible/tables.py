@@ -12,8 +12,9 @@ def write() -> None:
     parts = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     if "memory" in parts:
         _write("memory", memory_table(parts["memory"]))
-    if "time" in parts:
-        _write("time", time_table(parts["time"]))
+    times = {name: part for name, part in parts.items() if name.startswith("time-")}
+    if times:
+        _write("time", time_table(times))
     if "depth" in parts:
         _write("depth", depth_table(parts["depth"]))
     if "accuracy" in parts:
@@ -40,25 +41,28 @@ def memory_table(receipt: dict[str, Any]) -> list[str]:
     return [*lines, "", _caption(receipt)]
 
 
-def time_table(receipt: dict[str, Any]) -> list[str]:
-    """Ratios are medians over rounds; wall clock, and processor time in brackets."""
-    settings = receipt["numbers"]
-    lines = _head(
-        "", *(f"{s}: x plain" for s in settings), *(f"{s}: x checkpoint" for s in settings)
-    )
-    for name in next(iter(settings.values()))["rows"]:
-        cells = [
-            f"{rows[name][f'wall_x_{base}']:.2f} ({rows[name][f'processor_x_{base}']:.2f})"
-            for base in ("plain", "checkpoint")
-            for rows in (s["rows"] for s in settings.values())
-        ]
-        lines.append(_row(name, *cells))
-    rounds = next(iter(settings.values()))["rounds"]
-    return [
-        *lines,
-        "",
-        f"Wall clock (processor time), medians of {rounds} rounds. {_caption(receipt)}",
-    ]
+def time_table(receipts: dict[str, dict[str, Any]]) -> list[str]:
+    """A column for every setting and base; rows that a setting lacks are left open."""
+    bases = ("plain", "checkpoint")
+    columns = [(name, base) for base in bases for name in sorted(receipts)]
+    lines = _head("", *(f"x {base}: {_setting(name)}" for name, base in columns))
+    rows = {name: receipt["numbers"]["rows"] for name, receipt in receipts.items()}
+    for way in max(rows.values(), key=len):
+        cells = []
+        for name, base in columns:
+            r = rows[name].get(way)
+            wall, processor = (f"{c}_x_{base}" for c in ("wall", "processor"))
+            cells.append(f"{r[wall]:.2f} ({r[processor]:.2f})" if r else "")
+        lines.append(_row(way, *cells))
+    receipt = next(iter(receipts.values()))
+    rounds = min(r["numbers"]["rounds"] for r in receipts.values())
+    note = f"Wall clock (processor time), medians over {rounds} or more rounds."
+    return [*lines, "", f"{note} {_caption(receipt)}"]
+
+
+def _setting(name: str) -> str:
+    _, allocator, threads = name.split("-")
+    return f"{allocator} allocator, {threads} thread{'s' if threads != '1' else ''}"
 
 
 def depth_table(receipt: dict[str, Any]) -> list[str]:
