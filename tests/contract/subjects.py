@@ -106,7 +106,15 @@ def every(*having: Callable[[Subject], bool]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("subject", chosen, ids=[s.label for s in chosen])
 
 
-every_network = pytest.mark.parametrize("kind", NETWORKS)
+def every_pair(*having: Callable[[Subject], bool]) -> pytest.MarkDecorator:
+    """As `every`, on both networks for a method as it comes, on the first for its settings."""
+    pairs = [
+        pytest.param(s, kind, id=f"{s.label}-{kind}")
+        for s in subjects()
+        if all(test(s) for test in having)
+        for kind in ([*NETWORKS] if is_default(s) else [*NETWORKS][:1])
+    ]
+    return pytest.mark.parametrize(("subject", "kind"), pairs)
 
 
 def is_exact(subject: Subject) -> bool:

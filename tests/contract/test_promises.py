@@ -21,7 +21,7 @@ from contract.subjects import (
     Subject,
     batch,
     every,
-    every_network,
+    every_pair,
     gpt,
     gradients,
     is_bitwise,
@@ -42,8 +42,7 @@ from shoestring.training.load import load_model
 
 
 @pytest.mark.parametrize("mode", ["float32", "bfloat16 autocast"])
-@every_network
-@every(is_exact, is_bitwise)
+@every_pair(is_exact, is_bitwise)
 def test_gradients_are_bit_equal(subject: Subject, kind: str, mode: str) -> None:
     stored, ours = subject.yardstick(kind, dropout=0.1), subject.applied(kind, dropout=0.1)
     with torch.autocast("cpu", torch.bfloat16, enabled=mode != "float32"):
@@ -55,8 +54,7 @@ def test_gradients_are_bit_equal(subject: Subject, kind: str, mode: str) -> None
     assert len(expected) > 6 * DEPTH
 
 
-@every_network
-@every(is_exact, lambda s: not is_bitwise(s))
+@every_pair(is_exact, lambda s: not is_bitwise(s))
 def test_gradients_are_equal_within_the_stated_bound(subject: Subject, kind: str) -> None:
     loss, expected = gradients(subject.yardstick(kind), batch())
     again, found = gradients(subject.applied(kind), batch())
@@ -76,8 +74,7 @@ def test_a_bound_is_declared_where_one_is_needed(subject: Subject) -> None:
     assert (subject.promises.bound_eps is None) == is_bitwise(subject)
 
 
-@every_network
-@every()
+@every_pair()
 def test_undo_gives_the_network_back(subject: Subject, kind: str) -> None:
     model = subject.network(kind)
     before = gradients(model, batch())
@@ -106,8 +103,7 @@ def measured_peak(model: nn.Module, data: Mapping[str, Tensor]) -> int:
     return meter.peak_bytes
 
 
-@every_network
-@every()
+@every_pair()
 def test_measured_bytes_never_exceed_predicted(subject: Subject, kind: str) -> None:
     data = batch(rows=4, tokens=64)
     predicted = simulate(
@@ -171,8 +167,7 @@ def test_two_runs_with_one_seed_are_bit_equal(subject: Subject) -> None:
     assert same_weights(runs[0][1], runs[1][1])
 
 
-@every_network
-@every()
+@every_pair()
 def test_a_run_goes_on_from_disk_bit_for_bit(subject: Subject, kind: str, tmp_path: Path) -> None:
     whole = subject.applied(kind, dropout=0.1)
     expected, _ = train(whole, 6, lambda step: batch())
@@ -189,8 +184,7 @@ def test_a_run_goes_on_from_disk_bit_for_bit(subject: Subject, kind: str, tmp_pa
 # ---- use -----------------------------------------------------------------------------------
 
 
-@every_network
-@every()
+@every_pair()
 def test_a_saved_model_gives_the_same_logits_and_text(
     subject: Subject, kind: str, tmp_path: Path
 ) -> None:
@@ -297,6 +291,7 @@ def test_applying_twice_is_refused(subject: Subject) -> None:
 DOCS = Path(__file__).parents[2] / "docs"
 HEADINGS = [
     "Idea", "Equations", "Memory", "Time", "Exactness", "Limits", "When not to use it", "Measured",
+    "Source",
 ]  # fmt: skip
 
 
