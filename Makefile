@@ -37,7 +37,7 @@ demo: $(STAMP)
 	@$(TUNED) $(BIN)/python -m shoestring demo $(ARGS)
 
 test: $(STAMP)
-	@$(TUNED) $(BIN)/python -m pytest $(ARGS)
+	@$(TUNED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
