@@ -89,10 +89,10 @@ def encode_ref(x: Tensor, scale_bits: int) -> list[int]:
 
 
 def largest(x: Tensor) -> Tensor:
-    """max |x| as a float32 scalar tensor; NaN if any element is. Allocates nothing of x's size
-    (and one pass of aminmax takes a tenth of the time of an infinity norm on a CPU)."""
-    low, high = torch.aminmax(x.detach())
-    return torch.maximum(-low, high).float()
+    """max |x| as a float32 scalar; NaN if any element is. Allocates nothing of x's size."""
+    x = x.detach()
+    # Ten times faster on a CPU than vector_norm(inf), which is not vectorised.
+    return torch.maximum(x.amax(), -x.amin()).float()
 
 
 def checksum(stream: Tensor) -> tuple[int, int]:
