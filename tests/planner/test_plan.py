@@ -212,7 +212,7 @@ def test_only_listed_methods_are_used():
     plans = planner(model, batch, loss=plain_loss, allow=["keep"], seconds=False)
     assert [c.spans for c in plans.planner.curve] == [(Span(0, 3, "keep"),)]
     first, _ = next(_allowing(plans.planner))
-    assert first.startswith("allow 'exact' methods")
+    assert first.startswith("allow 'bitwise' methods")
 
 
 def test_an_optimizer_object_plans_as_its_factory():

@@ -37,7 +37,6 @@ def plan_file(path: Path, *, budget: int, blocks: int, keep_top: int | None = No
         by_category={},
         instant="backward",
         step_seconds=None,
-        smallest_bytes=budget,
         spans=spans,
         patches=(),
         rows=(),

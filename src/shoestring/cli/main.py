@@ -8,13 +8,13 @@ dataclass that tyro turns into flags, and `run(arguments, terminal) -> exit code
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, ShoestringError, closest
-from .arguments import parse
-from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from .terminal import Terminal
 
 VERBS = {
     "plan": "what fits into a byte budget and what it costs, before anything is allocated",
@@ -55,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] == "--version":
         print(_version())
         return 0
+    from .terminal import Terminal  # rich takes as long to import as all of --help
+
     terminal = Terminal(json="--json" in argv)
     try:
         return _run_verb(argv[0], list(argv[1:]), terminal)
@@ -69,27 +71,33 @@ def main(argv: Sequence[str]) -> int:
         return _report(error, 1, terminal, debug="--debug" in argv)
 
 
-def _run_verb(verb: str, rest: list[str], terminal: Terminal) -> int:
+def _run_verb(verb: str, rest: list[str], terminal: "Terminal") -> int:
     if verb not in VERBS:
         raise ConfigError(
             f"{verb!r} is not a verb",
             expected=f"one of {', '.join(VERBS)}",
             hint=closest(verb, VERBS),
         )
+    from .arguments import parse
+
     module = importlib.import_module(f".{verb}", __package__)
     defaults = module.defaults(rest) if hasattr(module, "defaults") else None
     arguments = parse(module.Arguments, verb, rest, defaults)
     return int(module.run(arguments, terminal))
 
 
-def _report(error: Exception, code: int, terminal: Terminal, *, debug: bool) -> int:
+def _report(error: Exception, code: int, terminal: "Terminal", *, debug: bool) -> int:
     if debug:
+        import traceback
+
         traceback.print_exception(error)
     terminal.error(error, code=code)
     return code
 
 
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version("shoestring")
     except PackageNotFoundError:  # run from a source tree that was never installed

@@ -216,12 +216,11 @@ def _show(plan: Any, length: _Length | None, arguments: Arguments, terminal: Ter
         finish = length.steps * plan.step_seconds
     record = {"plan": json.loads(plan.to_json()), "methods": plan.methods}
     record |= {"peak_bytes": plan.peak_bytes, "step_seconds": plan.step_seconds}
-    record |= {"budget_bytes": plan.budget_bytes, "smallest_bytes": plan.smallest_bytes}
+    record |= {"budget_bytes": plan.budget_bytes}
     record |= {"by_category": dict(plan.by_category), "table": plan.table().data}
     record |= {"steps": length.steps if length else None, "seconds_to_finish": finish}
     terminal.emit(record)
     terminal.say(str(plan), "", str(plan.table()), "", _categories(plan))
-    terminal.say(f"smallest budget that works: {format_bytes(plan.smallest_bytes)}")
     if length is not None and finish is not None:
         terminal.say(f"{length.steps:,} steps ({length.reason}): {format_seconds(finish)}")
 

@@ -350,6 +350,8 @@ def timed_block(block: BlockCost, times: Iterable[tuple[float, float]]) -> Block
     walk = taken[-1][0] if block.redone else 0.0
     for option, (forward, backward) in zip(block.options, taken, strict=False):
         seconds = min(max(forward + backward, keep), keep + taken[0][0])
+        # A tie on the clock is noise: what runs anything again counts as slower than keeping.
+        seconds = max(seconds, keep * 1.01) if options else seconds
         options.append(replace(option, seconds=seconds))
     again = min(max(taken[-1][1], taken[0][1]), keep) if block.redone else 0.0
     # Together no less than keeping.
