@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="*", default=["memory", "depth", "accuracy", "time"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--allocators", nargs="*", default=list(ALLOCATORS), choices=ALLOCATORS)
     parser.add_argument("--time-here", type=int, metavar="THREADS", help=argparse.SUPPRESS)
     args = parser.parse_args()
     shape = SMOKE if args.smoke else FULL
@@ -230,7 +231,7 @@ def time_parts(shape: dict[str, int], rounds: int, args: argparse.Namespace) -> 
     """One receipt for each allocator setting and number of threads."""
     flags = ["--rounds", str(rounds), *(["--smoke"] if args.smoke else [])]
     for threads in args.threads:
-        for allocator in ALLOCATORS:
+        for allocator in args.allocators:
             numbers = time_apart(allocator, threads, flags)
             save(f"time-{allocator}-{threads}", shape, numbers, smoke=args.smoke)
 

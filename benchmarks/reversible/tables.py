@@ -1,6 +1,7 @@
 """The stored numbers as Markdown tables, one file each, which the pages under docs include."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,26 @@ def time_table(receipts: dict[str, dict[str, Any]]) -> list[str]:
     bases = ("plain", "checkpoint")
     columns = [(name, base) for base in bases for name in sorted(receipts)]
     lines = _head("", *(f"x {base}: {_setting(name)}" for name, base in columns))
-    rows = {name: receipt["numbers"]["rows"] for name, receipt in receipts.items()}
-    for way in max(rows.values(), key=len):
-        cells = []
-        for name, base in columns:
-            r = rows[name].get(way)
-            wall, processor = (f"{c}_x_{base}" for c in ("wall", "processor"))
-            cells.append(f"{r[wall]:.2f} ({r[processor]:.2f})" if r else "")
+    taken = {name: receipt["numbers"]["seconds"] for name, receipt in receipts.items()}
+    for way in max(taken.values(), key=len):
+        cells = [_ratios(taken[name], way, base) for name, base in columns]
         lines.append(_row(way, *cells))
     receipt = next(iter(receipts.values()))
     rounds = min(r["numbers"]["rounds"] for r in receipts.values())
-    note = f"Wall clock (processor time), medians over {rounds} or more rounds."
+    note = (
+        f"Medians of the ratios of wall clock within {rounds} or more rounds; in brackets the "
+        "ratio of the least processor times, which a busy machine disturbs less."
+    )
     return [*lines, "", f"{note} {_caption(receipt)}"]
+
+
+def _ratios(taken: dict[str, list[dict[str, float]]], way: str, base: str) -> str:
+    if way not in taken:
+        return ""
+    pairs = zip(taken[way], taken[base], strict=True)
+    wall = statistics.median(a["wall_s"] / b["wall_s"] for a, b in pairs)
+    least = (min(t["processor_s"] for t in taken[name]) for name in (way, base))
+    return f"{wall:.2f} ({next(least) / next(least):.2f})"
 
 
 def _setting(name: str) -> str:

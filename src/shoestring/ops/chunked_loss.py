@@ -27,7 +27,7 @@ from torch._subclasses import FakeTensor
 
 from ..errors import ConfigError, DataError, StackError
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 8 * 2**20
 """Logits of a chunk may always take this much; below it a chunk saves nothing worth having."""
 WEIGHT_SHARE = 4
 """... or this fraction (1/4) of the weight, if that is more: dW is as large as the weight and
