@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..stack import Span, Stack
-from .chain import BlockCost, Chain, Kept, Redone, Schedule, evaluate, keep_all, nested
+from .chain import Chain, Option, Redone, Schedule, evaluate, keep_all, nested
 from .cost import Step, Twin, measure_chain, optimizer_bytes
 from .fake import Profile
 from .solver import Solver
@@ -345,7 +345,7 @@ def timed_block(block: BlockCost, times: Iterable[tuple[float, float]]) -> Block
     at most; what the clock says beyond that is noise.
     """
     taken = list(times)
-    options = []
+    options: list[Option] = []
     keep = sum(taken[0])
     walk = taken[-1][0] if block.redone else 0.0
     for option, (forward, backward) in zip(block.options, taken, strict=False):
