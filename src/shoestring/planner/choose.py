@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..stack import Span, Stack
-from .chain import Chain, Option, Redone, Schedule, evaluate, keep_all, nested
+from .chain import BlockCost, Chain, Kept, Option, Redone, Schedule, evaluate, keep_all, nested
 from .cost import Step, Twin, measure_chain, optimizer_bytes
 from .fake import Profile
 from .solver import Solver
