@@ -43,7 +43,7 @@ class Arguments(Common):
 
     budget: str = "256MiB"
     """Peak bytes of live tensors that training may use."""
-    minutes: float = 4.5
+    minutes: float = 4.0
     """Minutes for everything: reading, planning, training with what is left, scoring."""
     blocks: int = 32
     """Depth of the model."""
