@@ -172,7 +172,7 @@ def test_budget_that_cannot_work_says_what_would(llama):
     assert code == error["exit_code"] == 3
     assert error["smallest_bytes"] > 100 * 2**10
     assert error["instant"]
-    assert "this plan" in text
+    assert "smallest budget that works" in text
     assert "Traceback" not in text
 
 

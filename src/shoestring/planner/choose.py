@@ -354,8 +354,8 @@ def timed_block(block: BlockCost, times: Iterable[tuple[float, float]]) -> Block
         seconds = max(seconds, keep * 1.01) if options else seconds
         options.append(replace(option, seconds=seconds))
     again = min(max(taken[-1][1], taken[0][1]), keep) if block.redone else 0.0
-    # Together no less than keeping.
-    again = max(again, keep - walk)
+    # Together slower than keeping, by as much as above.
+    again = max(again, keep * 1.01 - walk)
     return replace(block, options=tuple(options), walk_seconds=walk, again_seconds=again)
 
 
