@@ -166,7 +166,7 @@ def longest(question: Question, scheme: Scheme) -> tuple[int, int]:
         return 0, low_bytes
     high = question.limit_length
     before, before_bytes = low, low_bytes
-    guess = 16 * grain
+    guess = question.limit_length // 32
     while True:
         guess_bytes = peak(guess)
         slope = (guess_bytes - before_bytes) / (guess - before)
