@@ -143,6 +143,9 @@ def test_prediction_is_never_below_and_hardly_above(case: str) -> None:
     assert profile.instant == meter.instant
     assert sum(profile.by_category.values()) == profile.peak_bytes
     assert 0 <= profile.retained_bytes / meter.retained_bytes - 1 <= TOLERANCE
+    shorter = simulate(model, batch, **settings, steps=1, later=True)
+    assert (shorter.peak_bytes, shorter.instant) == (profile.peak_bytes, profile.instant)
+    assert shorter.by_category == profile.by_category
 
 
 def test_a_mask_counts_as_padded_unless_it_is_believed() -> None:

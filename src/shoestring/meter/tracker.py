@@ -97,6 +97,7 @@ class Tracker(TorchDispatchMode):
         """Start a phase called `name` by hand; it lasts until the next one found or marked."""
         if self.phase in ("forward", "loss") or name == "backward":
             self._end_forward()
+        self._assign_gradients()
         self.phase = name
 
     # ---- the mode --------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Change:
 def out_of_budget(planner: Planner, budget: int) -> OutOfBudget:
     """The error that says what would do."""
     smallest = planner.smallest_bytes
-    instant = planner.simulate(planner.smallest).instant
+    instant = planner.promise(planner.smallest).instant
     changes = [str(c) for c in fitting_changes(planner, budget)]
     advice = "; ".join(f"{i}. {c}" for i, c in enumerate(changes, 1))
     return OutOfBudget(
@@ -107,7 +107,7 @@ def _peak(planner: Planner, step: Step) -> int:
         bare(model)
         apply_ways(model, smallest.patches, smallest.spans)
 
-    return step.simulate_second(put).peak_bytes
+    return step.simulate(put).peak_bytes
 
 
 def _allowing(planner: Planner) -> Iterator[Attempt]:
@@ -171,7 +171,7 @@ def _fewer_blocks(planner: Planner, step: Step, also: str) -> Iterator[Attempt]:
                 del container[count:]
                 apply_ways(model, patches, (Span(0, len(Stack.of(model)), way.method, way.config),))
 
-            return step.simulate_second(put).peak_bytes
+            return step.simulate(put).peak_bytes
 
         yield f"{n} -> {count} blocks{also}", attempt
         count //= 2

@@ -131,7 +131,7 @@ class Planner:
         self.base = Twin(step, bare)
         self.offer = offer_for(self.base.stack, self.methods)
         self.timer = Timer(step)
-        self._profiles: dict[Any, Profile] = {}
+        self._profiles: dict[str, Profile] = {}
         if not self.offer.kept:
             raise ConfigError(
                 f"allow = {allow!r} leaves no way to run the blocks of {self.base.stack!r}",
@@ -151,14 +151,10 @@ class Planner:
 
     def variant(self, patches: tuple[Way, ...], *, plain: bool = False) -> Variant:
         """Measure the model with patches; `plain` takes away what makes its stack special."""
-
-        def put(model: nn.Module) -> None:
-            strip(model) if plain else bare(model)
-            apply_ways(model, patches, ())
-
-        twin = Twin(self.step, put) if patches or plain else self.base
+        twin = Twin(self.step, strip) if plain else self.base
         offer = offer_for(twin.stack, self.methods) if plain else self.offer
-        chain, kinds, resident = measure_chain(twin, offer)
+        with twin.patched(patches):
+            chain, kinds, resident = measure_chain(twin, offer)
         return Variant(
             patches=patches, twin=twin, offer=offer, chain=chain, kinds=kinds,
             resident=resident + self.state_bytes,
@@ -232,7 +228,7 @@ class Planner:
         it alone."""
         base = next(v for v in self.variants if not v.patches)
         ends = [base.choice(base.schedules()[k], self.floor) for k in (0, -1)]
-        first, last = (self.simulate(c).peak_bytes - c.peak_bytes for c in ends)
+        first, last = (self.promise(c).peak_bytes - c.peak_bytes for c in ends)
         return first, last
 
     @cached_property
@@ -243,22 +239,16 @@ class Planner:
 
     # -- the promise -------------------------------------------------------------------------
 
-    def simulate(self, choice: Choice, *, whole: bool = False) -> Profile:
-        """A step with the choice in place; `whole`: from the first step on, as promised."""
-        key = (choice.key, whole)
-        if key not in self._profiles:
+    def promise(self, choice: Choice) -> Profile:
+        """What the choice is promised to need, by a simulation of whole steps."""
+        if choice.key not in self._profiles:
 
             def put(model: nn.Module) -> None:
                 bare(model)
                 apply_ways(model, choice.patches, choice.spans)
 
-            run = self.step.simulate if whole else self.step.simulate_second
-            self._profiles[key] = run(put)
-        return self._profiles[key]
-
-    def promise(self, choice: Choice) -> Profile:
-        """What the choice is promised to need: whole steps, from the first on."""
-        return self.simulate(choice, whole=True)
+            self._profiles[choice.key] = self.step.simulate(put)
+        return self._profiles[choice.key]
 
     @cached_property
     def smallest_bytes(self) -> int:
@@ -293,7 +283,7 @@ class Planner:
     def _fits(self, choice: Choice, budget: int) -> bool:
         if abs(choice.peak_bytes - budget) > NEAR * budget:
             return choice.peak_bytes < budget
-        return self.simulate(choice).peak_bytes <= budget
+        return self.promise(choice).peak_bytes <= budget
 
     def _slowest(self) -> Choice:
         """The smallest choice, which fits where nothing of the timed curve does."""

@@ -9,13 +9,12 @@ stem leaves alive) comes from one more pass of the twin with its blocks taken ou
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -36,7 +35,8 @@ from .fake import (
     fake_model,
     simulate,
 )
-from .ways import Offer, Way
+from .quick import QuickFakeMode
+from .ways import Offer, Way, apply_ways
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,28 +53,12 @@ class Step:
     grad_clip: float | None = None
 
     def simulate(self, apply: Callable[[nn.Module], object] | None = None) -> Profile:
-        """Whole steps on a fake twin, with methods put in place by `apply`."""
+        """The first step and all later ones, on a fake twin with methods put in place by
+        `apply`."""
         return simulate(
             self.model, self.batch, apply=apply, optimizer=self.optimizer, loss=self.loss,
             autocast=self.autocast, accumulate=self.accumulate, grad_clip=self.grad_clip,
-        )  # fmt: skip
-
-    def simulate_second(self, apply: Callable[[nn.Module], object] | None = None) -> Profile:
-        """Only the second step: the optimizer's states are there from the start. Half the time
-        of `simulate`, for looking around; what is promised comes from `simulate`."""
-        make = self.optimizer or _fused_adamw
-
-        def started(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            chosen = make(parameters)
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter)
-            chosen.step()
-            chosen.zero_grad(set_to_none=True)
-            return chosen
-
-        return simulate(
-            self.model, self.batch, apply=apply, optimizer=started, loss=self.loss, steps=1,
-            autocast=self.autocast, accumulate=self.accumulate, grad_clip=self.grad_clip,
+            steps=1, later=True,
         )  # fmt: skip
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -240,7 +224,7 @@ class Twin:
     calls: dict[int, Captured] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.mode = FakeTensorMode()
+        self.mode = QuickFakeMode()
         self.model = fake_model(self.step.model, self.mode)
         self.batch = fake_batch(self.step.batch, self.mode)
         with self.mode:
@@ -265,6 +249,17 @@ class Twin:
                 expected="a batch that runs every block",
             )
         self.calls = note.calls
+
+    @contextlib.contextmanager
+    def patched(self, patches: Iterable[Way]) -> Iterator[None]:
+        """The twin with patches in place; the blocks are called as without them."""
+        with self.mode:
+            undo = apply_ways(self.model, patches, ())
+        try:
+            yield
+        finally:
+            with self.mode:
+                undo()
 
     @contextlib.contextmanager
     def _running(self, executor: Executor) -> Iterator[None]:

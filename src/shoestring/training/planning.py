@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import ConfigError, OutOfBudget
 from ..meter import Tracker
@@ -17,6 +16,7 @@ from ..objectives.next_token import Batch
 from ..planner import Plan, plan
 from ..planner.budget import automatic
 from ..planner.fake import fake_batch, fake_model
+from ..planner.quick import QuickFakeMode
 from ..planner.ways import allowed
 from ..units import format_bytes
 from .config import RunConfig
@@ -119,7 +119,7 @@ def rows_that_fit(
 
 def evaluation_bytes(build: Build, batch: Batch, chosen: Plan | None, *, loss: LossFunction) -> int:
     """Predicted peak of scoring `batch`: a forward of a fake twin, and AdamW's two states."""
-    mode = FakeTensorMode()
+    mode = QuickFakeMode()
     twin = fake_model(build, mode)
     fake = fake_batch(batch, mode)
     with mode:
