@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .planner import Plan, plan
     from .stack import Span, Stack
     from .training.load import load
-    from .training.loop import Run, train
+    from .training.loop import Run, resume, train
 
 _WHERE = {
     "Meter": "meter",
@@ -25,6 +25,7 @@ _WHERE = {
     "Stack": "stack",
     "load": "training.load",
     "plan": "planner",
+    "resume": "training.loop",
     "reversible": "methods.reversible",
     "train": "training.loop",
 }
@@ -38,6 +39,7 @@ __all__ = [
     "Stack",
     "load",
     "plan",
+    "resume",
     "reversible",
     "train",
 ]

@@ -58,7 +58,8 @@ def test_a_budgeted_run_keeps_its_promise_and_leaves_a_whole_directory(settings)
     events = []
     run = train(config, progress=lambda event: events.append(event["event"]))
     left = {path.name for path in run.directory.iterdir()}
-    assert left == {"config.toml", "plan.json", "metrics.jsonl", "receipt.json", "model"}
+    files = {"config.toml", "plan.json", "metrics.jsonl", "receipt.json", ".lock"}
+    assert left == files | {"model", "checkpoints"}
     assert RunConfig.load(run.directory / "config.toml") == config
     plan = Plan.from_json((run.directory / "plan.json").read_text())
 

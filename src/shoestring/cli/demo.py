@@ -149,7 +149,8 @@ def _prepared(arguments: Arguments, terminal: Terminal, started: float) -> RunCo
 def _config(arguments: Arguments) -> RunConfig:
     return RunConfig(
         run=JobConfig(
-            directory=arguments.directory, seed=arguments.seed, budget=arguments.budget
+            directory=arguments.directory, seed=arguments.seed, budget=arguments.budget,
+            replace=True,
         ),
         model=ModelConfig(
             rule="feistel", hidden_size=arguments.width, num_hidden_layers=arguments.blocks,

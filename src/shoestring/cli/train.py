@@ -5,10 +5,11 @@ only the first process speaks.
 """
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -16,6 +17,10 @@ from ..errors import ConfigError
 from ..training.config import RunConfig
 from .arguments import Common
 from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from ..training.loop import Run
+    from .progress import Watcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +55,18 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
     from .progress import Watcher
 
     if os.environ.get("RANK", "0") != "0":
-        return _status(train(arguments.config).receipt)
+        return finished(train(arguments.config), terminal)
     with Watcher(terminal, arguments.config.run) as watch:
         done = train(arguments.config, progress=watch)
-    terminal.emit({"event": "done", "directory": str(done.directory), "receipt": done.receipt})
-    terminal.say(watch.summary(done.receipt), f"the run is in {done.directory}")
-    return _status(done.receipt)
+    return finished(done, terminal, watch)
 
 
-def _status(receipt: dict[str, Any]) -> int:
-    return 130 if receipt["status"] == "interrupted" else 0
+def finished(done: "Run", terminal: Terminal, watch: "Watcher | None" = None) -> int:
+    """Says how a run ended, and how to go on where it was interrupted; the exit code."""
+    was_interrupted = done.receipt["status"] == "interrupted"
+    if watch is not None:
+        terminal.emit({"event": "done", "directory": str(done.directory), "receipt": done.receipt})
+        terminal.say(watch.summary(done.receipt), f"the run is in {done.directory}")
+        if was_interrupted:
+            terminal.say(f"go on with: shoestring resume {shlex.quote(str(done.directory))}")
+    return 130 if was_interrupted else 0

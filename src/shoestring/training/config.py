@@ -18,6 +18,7 @@ from ..units import EXPECTED_BYTES, parse_bytes
 from . import toml
 
 Rule = Literal["residual", "feistel", "bdia", "random_sign", "midpoint", "leapfrog"]
+TRACKERS = ("tensorboard", "trackio", "wandb")
 PRESETS: dict[str, dict[str, int]] = {
     # name: depth, width and heads of our GPT; anything may be overridden by its own field
     "tiny": {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 2},
@@ -66,6 +67,11 @@ class JobConfig:
     expectation only (unbiased), or the network or its objective (structural)."""
     threads: int = 0
     """CPU threads; 0 = torch's own choice."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """When a loss or a gradient is not finite: stop before the update, or skip that update (ten
+    skips in a row stop the run all the same)."""
+    replace: bool = False
+    """Start anew in a directory that already holds a run, whose files are then lost."""
 
     def __post_init__(self) -> None:
         _require(bool(self.directory.strip()), "run.directory", self.directory, "a folder")
@@ -267,6 +273,40 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When the run saves all that it needs to go on, bit for bit."""
+
+    every: int = 0
+    """Updates between two checkpoints; 0 = by the clock alone."""
+    minutes: float = 10.0
+    """Minutes between two checkpoints; 0 = by updates alone. With both 0 only an ending or
+    interrupted run writes one."""
+    keep: int = 2
+    """How many to keep; should the newest turn out damaged, the one before it is used."""
+    background: bool = False
+    """Write from a copy while training goes on; the copy is counted in the plan."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, "checkpoint", self, "every", "minutes")
+        _at_least(1, "checkpoint", self, "keep")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    to: tuple[str, ...] = ()
+    """Trackers to report to as well: tensorboard, trackio, wandb; each is an extra to install."""
+    project: str = "shoestring"
+    """The project that trackers file the run under."""
+
+    def __post_init__(self) -> None:
+        for name in self.to:
+            _require(name in TRACKERS, "track.to", name, f"some of {', '.join(TRACKERS)}")
+        _require(len(set(self.to)) == len(self.to), "track.to", self.to, "each tracker once")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig:
     """What the planner may choose from."""
 
@@ -295,6 +335,8 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:

@@ -54,6 +54,15 @@ class World:
         dist.broadcast(content, src=0)
         return bytes(content.tolist()).decode()
 
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensor of every process, by rank, on the CPU. All have the same shape and dtype."""
+        if self.size == 1:
+            return [tensor.cpu()]
+        mine = tensor.to(self.device)
+        everybodys = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everybodys, mine)
+        return [each.cpu() for each in everybodys]
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to call in training: averages gradients over the world in backward."""
         if self.size == 1:

@@ -9,11 +9,12 @@ only, and reads the process's resident bytes on every step.
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import OutOfBudget, TrainingDiverged
@@ -117,6 +118,8 @@ class BudgetGuard:
         self.peak_bytes: int | None = None
         self.by_category: dict[str, int] | None = None
         self.rss_peak_bytes: int | None = None
+        self._history: dict[str, Any] | None = None
+        self._keeps_history = True
         self._rss = RssPeak()
         self._is_stale = True
 
@@ -124,11 +127,38 @@ class BudgetGuard:
         """Whether the tensors of this step (counted from 1) are to be tracked."""
         return step <= 2 or step % EVERY == 0
 
+    def state(self) -> dict[str, Any]:
+        """The peaks so far, as JSON."""
+        return {
+            "peak_bytes": self.peak_bytes,
+            "by_category": self.by_category,
+            "rss_peak_bytes": self.rss_peak_bytes,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from the peaks of a run that is resumed."""
+        self.peak_bytes, self.by_category = state["peak_bytes"], state["by_category"]
+        self.rss_peak_bytes = state["rss_peak_bytes"]
+
+    def take_history(self) -> dict[str, Any] | None:
+        """The one step that is kept from instant to instant, once it was made; only once."""
+        history, self._history = self._history, None
+        return history
+
     @contextlib.contextmanager
     def watch(
-        self, where: str, model: nn.Module, optimizer: Optimizer, *, tracked: bool
+        self,
+        where: str,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        tracked: bool,
+        also: Sequence[Tensor] = (),
     ) -> Iterator[Measured]:
-        """Measure the body; OutOfBudget after it when it took more than it may."""
+        """Measure the body; OutOfBudget after it when it took more than it may.
+
+        also: tensors that are there besides the model's and the optimizer's.
+        """
         seen = Measured()
         is_cuda = self.device.type == "cuda"
         if is_cuda:
@@ -137,13 +167,19 @@ class BudgetGuard:
             # The tracker's own bookkeeping is in the process, but in no step without it.
             self._rss.start()
             self._is_stale = False
-        meter = Meter(model, optimizer) if tracked else contextlib.nullcontext()
+        # One step is kept instant by instant: the first tracked one that finds states to update.
+        keeps = self._keeps_history and bool(optimizer.state)
+        meter = Meter(model, optimizer, history=keeps) if tracked else contextlib.nullcontext()
+        if isinstance(meter, Meter):
+            meter.tracker.assign("other", also)
         started = time.perf_counter()
         with meter:
             yield seen
         seen.seconds = time.perf_counter() - started
         if isinstance(meter, Meter):
             seen.peak_bytes, seen.by_category = meter.peak_bytes, meter.by_category
+            if meter.history is not None:
+                self._history, self._keeps_history = meter.history, False
         if is_cuda:
             seen.peak_bytes = torch.cuda.max_memory_allocated(self.device)
         if seen.peak_bytes is not None:

@@ -1,4 +1,4 @@
-"""Ctrl-C during training: the first one asks to stop after the step, the second one stops now."""
+"""Ctrl-C and SIGTERM during training: the first asks to stop after the step, a second stops now."""
 
 import signal
 import threading
@@ -7,18 +7,18 @@ from typing import Self
 
 
 class Interruption:
-    """While entered, SIGINT sets `.asked`. In another thread than the main one it does nothing."""
+    """While entered, SIGINT and SIGTERM set `.asked`. In another thread than the main one they do
+    nothing."""
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: signal.Handlers | object = None
-        self._installed = False
+        self._before: dict[signal.Signals, signal.Handlers | object] = {}
 
     def __enter__(self) -> Self:
         # Python lets only the main thread install a handler.
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._handle)
-            self._installed = True
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -27,8 +27,8 @@ class Interruption:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._installed:
-            signal.signal(signal.SIGINT, self._before)  # type: ignore[arg-type]
+        for number, before in self._before.items():
+            signal.signal(number, before)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

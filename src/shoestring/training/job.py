@@ -1,9 +1,11 @@
 """Everything a run holds while it lasts: data, plan, model, optimizer, guards and its record."""
 
+import contextlib
 import gc
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +16,40 @@ import torch
 from torch import nn
 
 from ..allocator import is_tuned
-from ..checkpoint import verify
+from ..checkpoint import Checkpoint, Lock, verify
 from ..data.tokenizer import tokenizer_digest
-from ..errors import OutOfBudget, ShoestringError
+from ..errors import CheckpointError, OutOfBudget, ShoestringError, TrainingDiverged
+from ..objectives.next_token import Batch
+from ..planner import Plan
 from ..planner.budget import CPU_MARGIN_TUNED, resident_bytes
 from ..rss import status_bytes
+from ..units import format_bytes
+from .checkpoints import (
+    FORMAT,
+    Checkpoints,
+    check_same,
+    identity,
+    refuse_existing,
+    saved_facts,
+    saved_plan,
+    texts_of,
+)
 from .config import RunConfig
 from .distributed import World
 from .evaluate import HeldOut, continuation
 from .guard import BudgetGuard, FiniteGuard, Measured
 from .optimizer import optimizer_factory
+from .out_of_memory import can_be_split, gave_up, held_by_category, release
 from .planning import make_plan, rows_that_fit
 from .prepare import Builder, loss_function, precision, prepare_data
 from .receipt import describe_model, environment, error_of
 from .record import Progress, Record
 from .save import model_card, save_model
+from .snapshot import Snapshot, restore
 from .step import Updated, on_device
+
+SKIPS = 10
+"""Updates in a row that may be left out when run.nonfinite is "skip"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +63,43 @@ class Run:
 
 
 class Job:
-    """A run in progress. Made in the order plan, then weights: what cannot fit fails early."""
+    """A run in progress. Made in the order plan, then weights: what cannot fit fails early.
 
-    def __init__(self, config: RunConfig, world: World, progress: Progress | None) -> None:
+    resume: go on from the newest checkpoint of the directory; where there is none yet, start.
+    """
+
+    def __init__(
+        self, config: RunConfig, world: World, progress: Progress | None, *, resume: bool = False
+    ) -> None:
         self.config, self.world = config, world
         self.record = Record(config, writes=world.is_first, progress=progress)
+        self.checkpoints = Checkpoints(self.record.directory, config.checkpoint, self.record.tell)
         self.updates = 0
+        self.split = 1
         self.was_interrupted = False
+        self._resume = resume
+        self._saved: Checkpoint | None = None
+        self._facts: dict[str, Any] = {}
+        self._skipped_in_a_row = 0
+        self._lock = Lock(self.record.directory) if world.is_first else contextlib.nullcontext()
         self._started = time.monotonic()
+        self._began_training = self._started
+        self._seconds_before = 0.0
         self._step_seconds: list[float] = []
         self._evaluated: tuple[int, HeldOut] | None = None
         self._quality: dict[str, HeldOut | None] = {"before": None, "after": None}
 
     def __enter__(self) -> Self:
+        self._lock.__enter__()
         try:
+            self._open()
             self._prepare_data()
             self._plan()
             self._build()
+            if self._saved is not None:
+                self._restore()
         except BaseException:
-            self.record.close()
+            self.__exit__(None, None, None)
             raise
         return self
 
@@ -71,9 +109,37 @@ class Job:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.checkpoints.wait()
         self.record.close()
+        self._lock.__exit__(kind, error, trace)
+
+    @property
+    def was_resumed(self) -> bool:
+        """Whether the run goes on from a checkpoint."""
+        return self._saved is not None
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far, those before a resume included."""
+        return self._seconds_before + time.monotonic() - self._began_training
 
     # ---- before the first step -------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Find what the directory holds; a run is only written over when that was asked for."""
+        if self._resume:
+            self._saved = self.checkpoints.find()
+            self._facts = saved_facts(self._saved) if self._saved is not None else {}
+            self.world.barrier()
+            if self.world.is_first and self._saved is not None:
+                self.checkpoints.store.set_aside(newer_than=self._saved.step)
+        elif self.config.run.replace:
+            if self.world.is_first:
+                self.checkpoints.store.clear()
+        elif self.world.is_first:
+            refuse_existing(self.record.directory)
+        self.world.barrier()
+        self.record.open(keep_bytes=self._facts.get("metrics_bytes", 0))
 
     def _prepare_data(self) -> None:
         self.data = prepare_data(self.config, self.world)
@@ -87,6 +153,13 @@ class Job:
             rows=len(self.batches.rows),
             rows_cut=self.batches.rows.num_cut if self.data.corpus.is_chat else 0,
         )
+        self.identity = identity(
+            self.config,
+            corpus=self.data.corpus.digest,
+            tokenizer=tokenizer_digest(self.data.tokenizer),
+        )
+        if self._saved is not None:
+            check_same(self.identity, self._facts, self._saved)
 
     def _plan(self) -> None:
         config, device = self.config, self.world.device
@@ -100,27 +173,45 @@ class Job:
         self._make_optimizer = optimizer_factory(config.optim, device)
         rows = [i % len(self.batches.rows) for i in range(config.data.batch_size)]
         batch = on_device(self.batches.rows.batch(rows), device)
-        self.plan = make_plan(
-            config,
-            self._builder.sketch,
-            batch,
-            loss=self.loss,
-            optimizer=self._make_optimizer,
-            world=self.world,
-        )
+        if self._saved is not None:
+            # The same plan, not as good a one: another could sum in another order.
+            self.plan = saved_plan(self._saved)
+        else:
+            self.plan = make_plan(
+                config,
+                self._builder.sketch,
+                batch,
+                loss=self.loss,
+                optimizer=self._make_optimizer,
+                world=self.world,
+            )
         self.limit_bytes = config.run.budget_bytes
         if self.plan is not None:
             self.limit_bytes = self.limit_bytes or self.plan.budget_bytes
+            self._check_still_fits(self.plan)
             self.record.text("plan.json", self.plan.to_json() + "\n")
         self.data.held_out.batch = rows_that_fit(
             self._builder.sketch, batch, self.plan, loss=self.loss, limit=self.limit_bytes
         )
         self.record.tell("plan", plan=self.plan, limit_bytes=self.limit_bytes)
 
+    def _check_still_fits(self, plan: Plan) -> None:
+        """A checkpoint's plan may meet a smaller budget than it was made for."""
+        if self.limit_bytes is not None and plan.peak_bytes > self.limit_bytes:
+            raise OutOfBudget(
+                f"the plan needs {format_bytes(plan.peak_bytes)}",
+                expected=f"at most the budget of {format_bytes(self.limit_bytes)}",
+                hint="A run goes on with the plan it was started with: give it that budget, or "
+                "start another run.",
+                smallest_bytes=plan.peak_bytes,
+                instant=plan.instant,
+            )
+
     def _build(self) -> None:
         seed = self.config.run.seed
         torch.manual_seed(seed)
-        self.model = self._builder.real()
+        # Weights that a checkpoint brings need not be read from anywhere else.
+        self.model = self._builder.real(with_weights=self._saved is None)
         if self.plan is not None:
             self.plan.apply(self.model)
         self.optimizer = self._make_optimizer(self.model.parameters())
@@ -147,6 +238,25 @@ class Job:
         mapped = int(self.data.corpus.ids.nbytes)
         return resident - resident_bytes(self.model, torch.device("cpu")) + mapped
 
+    def _restore(self) -> None:
+        """Put the checkpoint in place of the fresh weights, states, positions and generators."""
+        saved, facts = self._saved, self._facts
+        assert saved is not None
+        try:
+            self.batches.load_state(facts["data"])
+            self.updates, self.split = facts["step"], facts["split"]
+            self._skipped_in_a_row = facts["skipped_in_a_row"]
+            self._seconds_before = facts["seconds"]
+            self._quality["before"] = HeldOut(**facts["before"]) if facts["before"] else None
+            self._budget.load_state(facts["guard"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{saved.path} lacks what a run needs to go on ({error})",
+                expected="a checkpoint that this version wrote",
+            ) from error
+        restore(saved, self.model, self.optimizer, self.world)
+        self.record.line("resumed", step=self.updates, processes=self.world.size)
+
     def exercise(self) -> None:
         """Evaluate and save once while nothing can be lost; what was saved is removed again."""
         self._quality["before"] = self.evaluate()
@@ -160,15 +270,75 @@ class Job:
 
     # ---- while it runs ---------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """The clock of training starts: reading and planning are not training."""
+        self._began_training = time.monotonic()
+
+    def save_checkpoint(self, *, is_last: bool = False) -> None:
+        """Everything as it is after the last update. All processes take part."""
+        if not self.updates or (is_last and self.checkpoints.saved_step == self.updates):
+            return
+        self.checkpoints.wait()
+        if is_last and self.checkpoints.saved_step == self.updates:
+            return
+        self.record.sync()
+        before = self._quality["before"]
+        snapshot = Snapshot.of(
+            self.model,
+            self.optimizer,
+            self.world,
+            format=FORMAT,
+            step=self.updates,
+            split=self.split,
+            skipped_in_a_row=self._skipped_in_a_row,
+            seconds=self.seconds,
+            data=self.batches.state(),
+            metrics_bytes=self.record.num_bytes,
+            before=before.to_json() if before else None,
+            guard=self._budget.state(),
+            identity=self.identity,
+        )
+        if self.world.is_first:
+            texts = texts_of(self.config, self.plan)
+            self.checkpoints.save(self.updates, snapshot, texts, is_last=is_last)
+        self.world.barrier()
+
+    def skip(self, step: int, error: TrainingDiverged) -> None:
+        """Leave out an update whose numbers were not finite. Raises the error after `SKIPS`."""
+        self._skipped_in_a_row += 1
+        if self.config.run.nonfinite == "stop" or self._skipped_in_a_row > SKIPS:
+            raise error
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates = step
+        self.record.line("skipped", step=step, message=str(error))
+
+    def split_after(self, step: int, error: BaseException, microbatches: Sequence[Batch]) -> None:
+        """Memory ran out in a step: cut its microbatches in half, once. OutOfBudget otherwise."""
+        self.optimizer.zero_grad(set_to_none=True)
+        release(self.world.device)
+        held = held_by_category(self.model, self.optimizer)
+        was_split = self.split > 1
+        # In a group the others are waiting inside the step, and cannot be told.
+        if was_split or self.world.size > 1 or not can_be_split(microbatches, 2):
+            raise gave_up(step, held, error, was_split=was_split) from None
+        self.split = 2
+        message = str(error).splitlines()[0]
+        self.record.line("out of memory", step=step, message=message, held=held, split=self.split)
+
     def watch(self, step: int) -> AbstractContextManager[Measured]:
         """Measures one step and holds it against the budget."""
         return self._budget.watch(
-            f"step {step}", self.model, self.optimizer, tracked=self._budget.tracks(step)
+            f"step {step}",
+            self.model,
+            self.optimizer,
+            tracked=self._budget.tracks(step),
+            also=self.checkpoints.copied_tensors,
         )
 
     def log(self, step: int, lr: float, updated: Updated, measured: Measured) -> None:
         """One line of metrics for a step that was made."""
         self.updates = step
+        self._skipped_in_a_row = 0
         if not self._budget.tracks(step):
             self._step_seconds.append(measured.seconds)
         self.record.line(
@@ -219,7 +389,8 @@ class Job:
     # ---- the end ---------------------------------------------------------------------------
 
     def finish(self, status: str) -> Run:
-        """Evaluate (unless interrupted), save the model, write the receipt."""
+        """A last checkpoint, a last evaluation (unless interrupted), the model, the receipt."""
+        self.save_checkpoint(is_last=True)
         if status == "finished":
             step, result = self._evaluated or (-1, None)
             self._quality["after"] = result if step == self.updates else self.evaluate()
@@ -230,6 +401,7 @@ class Job:
         """Save what the updates before an error have made, with the error in the receipt."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.updates:
+            self.save_checkpoint(is_last=True)
             self._save("over budget" if isinstance(error, OutOfBudget) else "diverged", str(error))
 
     def _save(self, status: str, error: str | None = None) -> dict[str, Any]:
@@ -276,6 +448,7 @@ class Job:
                 "promised_step": promised_s,
                 "measured_step": measured_s,
                 "error": error_of(promised_s, measured_s),
+                "training": self.seconds,
                 "total": time.monotonic() - self._started,
             },
             "methods": self.plan.methods if self.plan else [],

@@ -97,10 +97,14 @@ class Builder:
         with torch.device(self._device):
             return self._build(from_scratch=True)
 
-    def real(self) -> nn.Module:
-        """The model to train, on its device, in training mode."""
+    def real(self, *, with_weights: bool = True) -> nn.Module:
+        """The model to train, on its device, in training mode.
+
+        with_weights=False: a named model's own are not read, because others will take their place.
+        """
         # Made on the CPU, so that a seed gives the same weights for every device.
-        return self._build(from_scratch=self._config.from_scratch).to(self._device).train()
+        from_scratch = self._config.from_scratch or not with_weights
+        return self._build(from_scratch=from_scratch).to(self._device).train()
 
     def _build(self, *, from_scratch: bool) -> nn.Module:
         if not self._config.name:

@@ -1,17 +1,21 @@
 """What a run leaves behind: config.toml, plan.json, metrics.jsonl, receipt.json.
 
 One writer, the first process; the others hold a record that writes nothing. Each line of
-metrics.jsonl is flushed when written, so a killed run keeps all lines but the last. What is
-written is also given to `progress`, as one dict with an "event".
+metrics.jsonl is flushed when written, so a killed run keeps all lines but the last; a run that
+goes on from a checkpoint first cuts off what came after it. What is written is also given to
+`progress`, as one dict with an "event".
 """
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from ..checkpoint import write_text
+from ..checkpoint.directory import unwritable
 from ..errors import CheckpointError
 from .config import RunConfig
 
@@ -25,19 +29,41 @@ class Record:
         self, config: RunConfig, *, writes: bool = True, progress: Progress | None = None
     ) -> None:
         self.directory = Path(config.run.directory)
+        self._config = config
         self._writes = writes
         self._progress = progress if writes else None
-        self._metrics: TextIO | None = None
-        if writes:
+        self._metrics: BinaryIO | None = None
+
+    def open(self, *, keep_bytes: int = 0) -> None:
+        """Start writing; of an earlier metrics.jsonl that many bytes are kept."""
+        if not self._writes:
+            return
+        path = self.directory / "metrics.jsonl"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_text(self.directory / "config.toml", self._config.to_toml())
+            had = path.stat().st_size if path.exists() else 0
+            self._metrics = path.open("r+b" if had else "wb")
+            self._metrics.truncate(min(keep_bytes, had))
+            self._metrics.seek(0, 2)
+        except OSError as error:
+            raise CheckpointError(
+                f"the run directory {self.directory} cannot be written: {error}",
+                hint="Set run.directory to another place.",
+            ) from error
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of metrics.jsonl now."""
+        return self._metrics.tell() if self._metrics is not None else 0
+
+    def sync(self) -> None:
+        """Have the system put on disk what was written, before a checkpoint counts on it."""
+        if self._metrics is not None:
             try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                write_text(self.directory / "config.toml", config.to_toml())
-                self._metrics = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
+                os.fsync(self._metrics.fileno())
             except OSError as error:
-                raise CheckpointError(
-                    f"the run directory {self.directory} cannot be written: {error}",
-                    hint="Set run.directory to another place.",
-                ) from error
+                raise unwritable(self.directory / "metrics.jsonl", error) from error
 
     def tell(self, event: str, **facts: Any) -> None:
         """Give an event to the progress function only."""
@@ -48,8 +74,12 @@ class Record:
         """One line of metrics.jsonl, and an event."""
         if self._metrics is not None:
             finite = {name: _finite(value) for name, value in facts.items()}
-            self._metrics.write(json.dumps({"event": event, **finite}) + "\n")
-            self._metrics.flush()
+            line = json.dumps({"event": event, **finite}) + "\n"
+            try:
+                self._metrics.write(line.encode())
+                self._metrics.flush()
+            except OSError as error:
+                raise unwritable(self.directory / "metrics.jsonl", error) from error
         self.tell(event, **facts)
 
     def text(self, name: str, content: str) -> None:
@@ -64,7 +94,8 @@ class Record:
     def close(self) -> None:
         """Close metrics.jsonl."""
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # what could not be written was told before
+                self._metrics.close()
             self._metrics = None
 
 

@@ -16,6 +16,7 @@ from ..objectives.next_token import Batch, num_targets, shares
 from .distributed import World
 from .guard import FiniteGuard
 from .optimizer import clip_, gradient_norm
+from .out_of_memory import pieces
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
@@ -40,11 +41,15 @@ def update(
     guard: FiniteGuard,
     world: World,
     clip: float,
+    split: int = 1,
 ) -> Updated:
     """Accumulate, check, clip, update. TrainingDiverged before anything is changed.
 
     microbatches: dicts of (B, T) tensors on any device; model: as `World.wrap` gave it.
+    split: parts, by rows, that each microbatch is cut into; the update is the same one.
     """
+    if split > 1:
+        microbatches = [part for batch in microbatches for part in pieces(batch, split)]
     counts = [num_targets(batch) for batch in microbatches]
     total = int(world.sum([sum(counts)])[0])
     # DDP averages what the processes give; the shares are of all of them.

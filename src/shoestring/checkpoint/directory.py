@@ -8,27 +8,25 @@ weights are safetensors, everything else is text.
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from .errors import CheckpointError
-from .units import format_bytes
-
-MANIFEST = "manifest.json"
-_CHUNK_BYTES = 1 << 20
+from ..errors import CheckpointError
+from ..units import format_bytes
+from .manifest import write_manifest
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path, known: Mapping[str, str] | None = None) -> Iterator[Path]:
     """Yield an empty temporary directory that becomes `path` when the body ends well.
 
     When the body raises, the temporary directory is removed and whatever stood at `path` stays
     untouched. CheckpointError when the disk is full or cannot be written.
+
+    known: SHA-256 by name of files that the body hashes while it writes them; filled meanwhile.
     """
     final = Path(path)
     try:
@@ -38,18 +36,18 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(stale, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.new-", dir=final.parent))
     except OSError as error:
-        raise _unwritable(final, error) from error
+        raise unwritable(final, error) from error
     try:
         yield temporary
         # mkdtemp makes the directory private to its owner; what others may read is for umask.
         temporary.chmod(0o777 & ~_umask())
-        write_manifest(temporary)
+        write_manifest(temporary, known)
         _flush_tree(temporary)
         _swap(temporary, final)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
-        raise _unwritable(final, error) from error
+        raise unwritable(final, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -67,38 +65,7 @@ def write_text(path: str | Path, text: str) -> None:
         _flush(final.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _unwritable(final, error) from error
-
-
-def write_manifest(directory: Path) -> None:
-    """Hash every file below `directory` (sha256) into its manifest, with sizes in bytes."""
-    files = {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": _sha256(directory / name)}
-        for name in _names(directory)
-    }
-    text = json.dumps({"format": 1, "files": files}, indent=1, sort_keys=True)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def verify(directory: str | Path) -> bool:
-    """Hold every file against the manifest. False when there is none; CheckpointError on damage.
-
-    Files that the manifest does not name are left alone: a user may add a note to a model.
-    """
-    directory = Path(directory)
-    manifest = directory / MANIFEST
-    if not manifest.exists():
-        return False
-    try:
-        entries = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{manifest} cannot be read ({error})", hint="The directory is damaged."
-        ) from error
-    for name, (size, digest) in expected.items():
-        _verify_file(directory / name, size, digest)
-    return True
+        raise unwritable(final, error) from error
 
 
 def newest_complete(path: str | Path) -> Path:
@@ -106,36 +73,6 @@ def newest_complete(path: str | Path) -> Path:
     final = Path(path)
     old = _old(final)
     return old if not final.exists() and old.exists() else final
-
-
-def _verify_file(file: Path, size: int, digest: str) -> None:
-    if not file.is_file():
-        raise CheckpointError(
-            f"{file} is missing", expected=format_bytes(size), hint="The directory is incomplete."
-        )
-    actual = file.stat().st_size
-    if actual != size:
-        raise CheckpointError(f"{file} has {actual} bytes", expected=f"{size} bytes")
-    if _sha256(file) != digest:
-        raise CheckpointError(
-            f"{file} does not match its checksum",
-            expected=f"sha256 {digest}",
-            hint="The file changed after it was written: copy it again or train again.",
-        )
-
-
-def _names(directory: Path) -> list[str]:
-    paths = (path for path in directory.rglob("*") if path.is_file())
-    names = (path.relative_to(directory).as_posix() for path in paths)
-    return sorted(name for name in names if name != MANIFEST)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _swap(temporary: Path, final: Path) -> None:
@@ -177,8 +114,9 @@ def _umask() -> int:
     return mask
 
 
-def _unwritable(path: Path, error: OSError) -> CheckpointError:
-    if error.errno == errno.ENOSPC:
+def unwritable(path: Path, error: OSError) -> CheckpointError:
+    """What to say when the system refuses to write `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = format_bytes(shutil.disk_usage(path.parent).free)
         return CheckpointError(f"No room to write {path}: {free} free", hint="Free some space.")
     return CheckpointError(f"Cannot write {path}: {error}", hint="Choose another directory.")

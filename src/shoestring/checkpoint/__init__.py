@@ -1,0 +1,25 @@
+"""Saved state that is whole or absent, verified, and never unpickled.
+
+directory   a directory that appears in one step, every file in a manifest of checksums
+manifest    that manifest: writing, reading with suspicion, verifying
+tensors     safetensors files written tensor by tensor, hashed on the way
+store       the checkpoints of a run: the newest that verifies wins, old ones go afterwards
+lock        one process at a time
+"""
+
+from .directory import atomic_directory, newest_complete, write_text
+from .lock import Lock
+from .manifest import MANIFEST, read_manifest, verify
+from .store import Checkpoint, Store
+
+__all__ = [
+    "MANIFEST",
+    "Checkpoint",
+    "Lock",
+    "Store",
+    "atomic_directory",
+    "newest_complete",
+    "read_manifest",
+    "verify",
+    "write_text",
+]

@@ -1,0 +1,73 @@
+"""One process at a time in a run directory.
+
+The operating system holds the lock and lets it go when the process ends, however it ends: a run
+that was killed leaves nothing to clean up.
+"""
+
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ..errors import CheckpointError
+from .directory import unwritable
+
+_NAME = ".lock"
+
+
+class Lock:
+    """Held while entered. CheckpointError when another process has the directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        path = self.directory / _NAME
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise unwritable(self.directory, error) from error
+        try:
+            _take(descriptor)
+        except OSError:
+            owner = os.read(descriptor, 64).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise CheckpointError(
+                f"{self.directory} is in use by another process ({owner or 'unknown'})",
+                expected="one run at a time in a directory",
+                hint="Wait until it ends, or give another run.directory.",
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()}".encode())
+        self._descriptor = descriptor
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # The file stays: to remove it would take the name from under a process that waits.
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _take(descriptor: int) -> None:
+        # Far behind the text, so that others may read who holds it.
+        os.lseek(descriptor, 1 << 20, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+
+else:
+    import fcntl
+
+    def _take(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,222 @@
+"""When a run saves itself, and how it finds itself again.
+
+Saving: every so many updates or minutes, and when a run ends early. In the background a copy is
+written while training goes on. A checkpoint that cannot be written is told and tried again at the
+next occasion: the older ones are still there.
+
+Finding: the newest checkpoint that verifies, held against the run's settings. What decides the
+network, the text and the arithmetic has to be what it was; everything else may change.
+"""
+
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoint import Checkpoint, Store
+from ..errors import CheckpointError, ConfigError
+from ..planner import Plan
+from .config import CheckpointConfig, RunConfig
+from .snapshot import STATE, Snapshot
+
+FORMAT = 1
+_CONFIG, _PLAN = "config.toml", "plan.json"
+Tell = Callable[..., None]
+
+
+class Checkpoints:
+    """The checkpoints of one run. tell: called with an event's name and facts."""
+
+    def __init__(self, directory: Path, settings: CheckpointConfig, tell: Tell) -> None:
+        self.store = Store(directory / "checkpoints", keep=settings.keep)
+        self.settings = settings
+        self.saved_step = 0
+        self._tell = tell
+        self._saved_at = time.monotonic()
+        self._writer: threading.Thread | None = None
+        self._copy: Snapshot | None = None
+        self._outcome: Exception | dict[str, Any] | None = None
+
+    # ---- when ------------------------------------------------------------------------------
+
+    def is_due(self, step: int) -> bool:
+        """Whether this process wants a checkpoint after this step."""
+        if self._writer is not None and not self._writer.is_alive():
+            self.wait()
+        every, minutes = self.settings.every, self.settings.minutes
+        return bool(
+            (every and step % every == 0)
+            or (minutes and time.monotonic() - self._saved_at >= 60 * minutes)
+        )
+
+    # ---- saving ----------------------------------------------------------------------------
+
+    def save(
+        self, step: int, snapshot: Snapshot, texts: dict[str, str], *, is_last: bool = False
+    ) -> None:
+        """Write a checkpoint, or start to.
+
+        One that cannot be written is told, as event "checkpoint failed"; the last one of a run
+        raises CheckpointError.
+        """
+        self.wait()
+        self._saved_at = time.monotonic()
+        texts = {**texts, **snapshot.texts()}
+        if self.settings.background and not is_last:
+            self._copy = snapshot.copied()
+            self._writer = threading.Thread(
+                target=self._write, args=(step, self._copy, texts), name="checkpoint"
+            )
+            self._writer.start()
+            return
+        self._write(step, snapshot, texts)
+        self._report(raising=is_last)
+
+    def wait(self) -> None:
+        """Let a checkpoint that is being written in the background be finished."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = self._copy = None
+            self._report(raising=False)
+
+    @property
+    def copied_tensors(self) -> list[Tensor]:
+        """The copy that is being written now: memory that the run holds besides its own."""
+        if self._copy is None:
+            return []
+        return [tensor for part in self._copy.tensors.values() for tensor in part.values()]
+
+    def _write(self, step: int, snapshot: Snapshot, texts: dict[str, str]) -> None:
+        started = time.monotonic()
+        try:
+            path = self.store.save(step, tensors=snapshot.tensors, texts=texts)
+        except (CheckpointError, OSError) as error:
+            self._outcome = error
+            return
+        self._outcome = {
+            "step": step, "path": str(path), "bytes": snapshot.nbytes,
+            "seconds": time.monotonic() - started,
+        }  # fmt: skip
+
+    def _report(self, *, raising: bool) -> None:
+        outcome, self._outcome = self._outcome, None
+        if isinstance(outcome, Exception):
+            if raising:
+                raise outcome
+            self._tell("checkpoint failed", message=str(outcome))
+        elif outcome is not None:
+            self.saved_step = outcome["step"]
+            self._tell("checkpoint", **outcome)
+
+    # ---- finding ---------------------------------------------------------------------------
+
+    def find(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies, None when the run never wrote one.
+
+        CheckpointError when there are some and none is good.
+        """
+        saved, wrong = self.store.newest()
+        for message in wrong:
+            self._tell("checkpoint passed over", message=message)
+        if saved is None:
+            if wrong:
+                raise CheckpointError(
+                    f"no checkpoint in {self.store.directory} can be used: {'; '.join(wrong)}",
+                    expected="one whose files match its manifest",
+                    hint="Restore one from a backup, or start again with --run.replace.",
+                )
+            return None
+        self.saved_step = saved.step
+        return saved
+
+
+def refuse_existing(directory: Path) -> None:
+    """ConfigError when a directory already holds a run."""
+    left = [name for name in ("checkpoints", "receipt.json") if (directory / name).exists()]
+    metrics = directory / "metrics.jsonl"
+    if left or (metrics.exists() and metrics.stat().st_size):
+        raise ConfigError(
+            f"{directory} already holds a run ({', '.join(left) or metrics.name})",
+            expected="a directory without one",
+            hint=f"shoestring resume {directory} goes on with it; give another run.directory, or "
+            "run.replace = true to lose it and start anew.",
+        )
+
+
+def texts_of(config: RunConfig, plan: Plan | None) -> dict[str, str]:
+    """What a checkpoint repeats of the run directory, so that it can be used without it."""
+    texts = {_CONFIG: config.to_toml()}
+    return texts | {_PLAN: plan.to_json() + "\n"} if plan is not None else texts
+
+
+def saved_facts(saved: Checkpoint) -> dict[str, Any]:
+    """The JSON part of a checkpoint. CheckpointError for one of another format."""
+    facts = saved.json(STATE)
+    version = facts.get("format") if isinstance(facts, dict) else None
+    if not isinstance(version, int) or not 1 <= version <= FORMAT:
+        newer = isinstance(version, int) and version > FORMAT
+        raise CheckpointError(
+            f"{saved.path} has format {version!r}",
+            expected=f"1 to {FORMAT}",
+            hint="It was written by a newer Shoestring: upgrade this one." if newer else None,
+        )
+    return dict(facts)
+
+
+def saved_plan(saved: Checkpoint) -> Plan | None:
+    """The plan that the checkpoint's steps were made with."""
+    return Plan.from_json(saved.text(_PLAN)) if (saved.path / _PLAN).exists() else None
+
+
+def config_of(directory: Path) -> RunConfig:
+    """The settings of the run in a directory: config.toml, or the copy in its newest checkpoint.
+
+    CheckpointError when there is no run.
+    """
+    file = directory / _CONFIG
+    if file.is_file():
+        return RunConfig.load(file)
+    saved, _ = Store(directory / "checkpoints").newest()
+    if saved is None:
+        what = "holds no run" if directory.is_dir() else "does not exist"
+        raise CheckpointError(
+            f"{directory} {what}",
+            expected="a run directory with config.toml or checkpoints/",
+            hint="shoestring train RUN.toml starts one.",
+        )
+    return RunConfig.load(saved.path / _CONFIG)
+
+
+def identity(config: RunConfig, *, corpus: str, tokenizer: str) -> dict[str, Any]:
+    """By dotted name, what may not change between a checkpoint and the run that goes on from it."""
+    model = dataclasses.asdict(config.model)
+    if model["name"]:
+        model["name"] = Path(model["name"]).name  # a moved directory is the same model
+    return {
+        **{f"model.{name}": value for name, value in model.items()},
+        "data.source (its text)": corpus,
+        "data.tokenizer": tokenizer,
+        "data.sequence_length": config.data.sequence_length,
+        "run.seed": config.run.seed,
+        "precision.compute": config.precision.compute,
+        "optim.name": config.optim.name,
+    }
+
+
+def check_same(mine: dict[str, Any], facts: dict[str, Any], saved: Checkpoint) -> None:
+    """ConfigError naming the first setting that is not what it was."""
+    # Through JSON, as the saved one went: tuples become lists.
+    mine, theirs = json.loads(json.dumps(mine)), facts["identity"]
+    for name in sorted({*mine, *theirs}):
+        if mine.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"{name} is {mine.get(name)!r} now, and was {theirs.get(name)!r} when "
+                f"{saved.path} was saved",
+                expected="what decides the network, the text and the arithmetic as it was",
+                hint="Set it back, or start another run in another run.directory.",
+            )

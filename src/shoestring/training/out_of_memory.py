@@ -1,0 +1,70 @@
+"""What to do when memory runs out in a step in spite of everything: split it once, then stop.
+
+The plan counts live tensors; another process, a fragmented allocator or a limit of the system can
+still take what was counted on. The step's microbatches are then cut in half by rows, which keeps
+the effective batch: weights were not touched yet, so nothing is lost.
+"""
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import OutOfBudget, ShoestringError
+from ..meter import Tracker
+from ..objectives.next_token import Batch
+
+_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator said no. Our own errors about budgets are not meant."""
+    if isinstance(error, ShoestringError):
+        return False
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in _WORDS)
+
+
+def release(device: torch.device) -> None:
+    """Give back what a broken step left behind."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def held_by_category(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes that stay between steps: weights, gradients, the optimizer's states."""
+    tracker = Tracker()
+    tracker.seed(model, optimizer)
+    return {name: count for name, count in tracker.ledger.by_category.items() if count}
+
+
+def pieces(batch: Batch, count: int) -> list[dict[str, Any]]:
+    """The batch cut into at most `count` parts by rows, none of them empty."""
+    rows = len(batch["input_ids"])
+    size = -(-rows // count)
+    return [
+        {name: value[start : start + size] for name, value in batch.items()}
+        for start in range(0, rows, size)
+    ]
+
+
+def can_be_split(microbatches: Sequence[Batch], count: int) -> bool:
+    """Whether `count` parts of each leave every part a row."""
+    return all(len(batch["input_ids"]) >= count for batch in microbatches)
+
+
+def gave_up(step: int, held: dict[str, int], error: BaseException, *, was_split: bool) -> Exception:
+    """The error that ends a run which ran out of memory again."""
+    what = ", ".join(f"{name} {count:,} bytes" for name, count in held.items())
+    again = " again, though its microbatches were split" if was_split else ""
+    return OutOfBudget(
+        f"step {step}: the system had no more memory{again} ({str(error).splitlines()[0]}); "
+        f"held between steps: {what}",
+        expected="as much free memory as the budget allows",
+        hint="Close other programs, or set a smaller run.budget; then go on with resume.",
+        instant=f"step {step}",
+    )
