@@ -20,6 +20,7 @@ from shoestring.meter import (
     active_tracker,
     allocator_peak,
 )
+from shoestring.meter.history import POINTS
 
 WIDTH, TOKENS, VOCABULARY = 32, 48, 64
 RNG_STATE = 5056  # bytes of torch.get_rng_state() on CPU
@@ -335,6 +336,91 @@ def test_a_mark_names_the_instant() -> None:
     assert meter.instant == "saving"
     assert meter.timeline == [("forward", 40), ("saving", 4040)]
     del small, large
+
+
+def held(history: dict, category: str) -> list[int]:
+    return history["bytes"].get(category, [0] * len(history["at"]))
+
+
+def totals(history: dict) -> list[int]:
+    return [sum(column) for column in zip(*history["bytes"].values(), strict=True)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_history_shows_the_peak_and_what_it_is_made_of(case: str) -> None:
+    model, optimizer, step = training(**CASES[case])
+    step()
+    with Meter(model, optimizer, history=True) as meter:
+        step()
+    history, sums = meter.history, totals(meter.history)
+    assert max(sums) == history["peak_bytes"] == meter.peak_bytes
+    at = sums.index(max(sums))
+    shown = {name: held(history, name)[at] for name in CATEGORIES}
+    assert shown == meter.by_category
+    assert sums[0] == meter.baseline_bytes
+    assert sums[-1] == meter.end_bytes
+
+
+def test_history_grows_saved_bytes_in_the_forward_and_gradients_in_the_backward() -> None:
+    model, optimizer, step = training()
+    step()
+    with Meter(model, optimizer, history=True) as meter:
+        step()
+    starts = dict(meter.history["phases"])
+    saved, gradients = (held(meter.history, name) for name in ("saved", "gradients"))
+    forward, back = slice(0, starts["loss"]), slice(starts["backward"], None)
+    assert saved[0] == max(gradients[forward]) == 0
+    assert max(saved) == meter.retained_bytes
+    assert sorted(saved[forward]) == saved[forward]
+    assert saved[back][-1] == 0
+    assert max(gradients) == weights_bytes(model)
+
+
+def test_history_is_kept_only_when_asked() -> None:
+    with Meter() as meter:
+        torch.zeros(10)
+    assert meter.history is None
+
+
+def test_history_of_a_long_step_keeps_its_heights() -> None:
+    model, optimizer, step = training(blocks=40)
+    step()
+    with Meter(model, optimizer, history=True) as meter:
+        step()
+    history = meter.history
+    assert 300 < len(history["at"]) <= POINTS < history["instants"]
+    assert max(totals(history)) == meter.peak_bytes
+    assert history["at"] == sorted(set(history["at"]))
+    assert [name for name, _ in history["phases"]][:2] == ["forward", "loss"]
+
+
+def test_history_stops_where_it_would_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoestring.meter.history.LIVES_LIMIT", 20)
+    with Meter(history=True) as meter:
+        kept = [torch.zeros(10) for _ in range(15)]
+        kept += [torch.zeros(10) for _ in range(50)]
+    assert meter.history["is_cut"]
+    assert meter.peak_bytes == 65 * 40
+    assert totals(meter.history)[:21] == [40 * count for count in range(21)]
+
+
+def test_history_follows_a_resized_storage() -> None:
+    with Meter(history=True) as meter:
+        x = torch.zeros(1000)
+        x.untyped_storage().resize_(0)
+        x.untyped_storage().resize_(8000)
+    assert totals(meter.history) == [0, 4000, 0, 8000, 8000]
+
+
+def test_what_follows_the_last_backward_is_no_forward() -> None:
+    model, _, _ = training()
+    tokens = torch.randint(0, VOCABULARY, (2, TOKENS))
+    with Meter(model, history=True) as meter:
+        for _ in range(2):
+            model(tokens).backward()
+        torch.stack([each.grad.norm() for each in model.parameters()]).sum()
+    once = ["forward", "loss", "loss backward", "backward"]
+    assert [name for name, _ in meter.history["phases"]] == [*once, *once, "after backward"]
 
 
 def test_random_draws_and_the_active_tracker() -> None:

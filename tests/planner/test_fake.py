@@ -84,23 +84,31 @@ def measure(
     autocast: torch.dtype | None = None,
     accumulate: int = 1,
     grad_clip: float | None = None,
+    history: bool = False,
 ) -> Meter:
-    """The real run that `simulate` with the same settings is about."""
+    """The real run that `simulate` with the same settings is about: two steps, or with `history`
+    the second alone."""
     model.train()
     parameters = list(model.parameters())
     chosen = (optimizer or adamw(fused=True))(parameters)
-    with Meter(model, chosen) as meter:
+
+    def step() -> None:
+        for _ in range(accumulate):
+            with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
+                loss = model(**batch).loss
+            (loss / accumulate if accumulate > 1 else loss).backward()
+            del loss
+        if grad_clip is not None:
+            nn.utils.clip_grad_norm_(parameters, grad_clip)
+        chosen.step()
+        chosen.zero_grad(set_to_none=True)
+
+    if history:
+        step()
+    with Meter(model, chosen, history=history) as meter:
         meter.tracker.assign("other", batch.values())
-        for _ in range(2):
-            for _ in range(accumulate):
-                with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
-                    loss = model(**batch).loss
-                (loss / accumulate if accumulate > 1 else loss).backward()
-                del loss
-            if grad_clip is not None:
-                nn.utils.clip_grad_norm_(parameters, grad_clip)
-            chosen.step()
-            chosen.zero_grad(set_to_none=True)
+        for _ in range(1 if history else 2):
+            step()
     return meter
 
 
@@ -146,6 +154,24 @@ def test_prediction_is_never_below_and_hardly_above(case: str) -> None:
     shorter = simulate(model, batch, **settings, steps=1, later=True)
     assert (shorter.peak_bytes, shorter.instant) == (profile.peak_bytes, profile.instant)
     assert shorter.by_category == profile.by_category
+    assert shorter.history is not None
+    assert shorter.history["peak_bytes"] <= shorter.peak_bytes
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("case", ["checkpointed, padded", "accumulated, clipped", "fused adamw"])
+def test_one_simulated_step_tells_the_instants_of_a_later_one(case: str) -> None:
+    make, shape, settings = CASES[case]
+    model, batch = make(), text(**shape)
+    predicted = simulate(model, batch, **settings, steps=1, later=True).history
+    measured = measure(model, batch, **settings, history=True).history
+    assert predicted is not None
+    names = [name for name, _ in predicted["phases"]]
+    assert names == [name for name, _ in measured["phases"]]
+    assert set(predicted["bytes"]) == set(measured["bytes"])
+    for name, rows in predicted["bytes"].items():
+        assert 0 <= max(rows) - max(measured["bytes"][name]) <= TOLERANCE * max(rows)
+    assert predicted["bytes"]["optimizer"][0] == measured["bytes"]["optimizer"][0] > 0
 
 
 def test_a_mask_counts_as_padded_unless_it_is_believed() -> None:

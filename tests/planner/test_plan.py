@@ -118,6 +118,16 @@ def test_json_gives_the_same_plan_back(plain):
     json.dumps(chosen.methods)
 
 
+def test_plan_of_before_there_were_histories_still_loads(plain):
+    chosen = plain[2](plain[2].smallest_bytes)
+    assert chosen.history["peak_bytes"] <= chosen.peak_bytes
+    text = chosen.to_json(history=False)
+    assert "history" not in text
+    older = Plan.from_json(text)
+    assert older.history is None
+    assert older.to_json() == text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

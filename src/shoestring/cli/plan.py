@@ -214,7 +214,7 @@ def _show(plan: Any, length: _Length | None, arguments: Arguments, terminal: Ter
     finish = None
     if length is not None and plan.step_seconds is not None:
         finish = length.steps * plan.step_seconds
-    record = {"plan": json.loads(plan.to_json()), "methods": plan.methods}
+    record = {"plan": json.loads(plan.to_json(history=False)), "methods": plan.methods}
     record |= {"peak_bytes": plan.peak_bytes, "step_seconds": plan.step_seconds}
     record |= {"budget_bytes": plan.budget_bytes}
     record |= {"by_category": dict(plan.by_category), "table": plan.table().data}

@@ -65,7 +65,7 @@ class Watcher:
         if kind == "plan":
             plan = event["plan"]
             if plan is not None:
-                event = {**event, "plan": json.loads(plan.to_json())}
+                event = {**event, "plan": json.loads(plan.to_json(history=False))}
                 self.show_plan(plan)
         self.terminal.emit(event)
 

@@ -11,7 +11,7 @@ keeps, library workspaces, the CUDA context, and whatever the C allocator keeps.
 """
 
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -46,13 +46,21 @@ class Meter:
     instant: the phase the peak fell in.  retained_bytes: held for the backward at the end of
     the forward.  baseline_bytes: what existed before.  end_bytes: what is left afterwards.
     timeline: (phase, bytes) after each operator that allocated.
+    history: with `history=True`, the same by category and as JSON, at most 600 points of it.
     rss_peak_bytes: peak resident set of the process, or None with the reason in rss_message.
     cuda_peak_bytes: torch.cuda.max_memory_allocated, or None without CUDA.
     """
 
-    def __init__(self, model: nn.Module | None = None, optimizer: Optimizer | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        *,
+        history: bool = False,
+    ) -> None:
         self._model, self._optimizer = model, optimizer
-        self.tracker = Tracker()
+        self.tracker = Tracker(history=history)
+        self.history: dict[str, Any] | None = None
         self._rss = RssPeak()
         self.rss_peak_bytes: int | None = None
         self.rss_message: str | None = None
@@ -86,6 +94,8 @@ class Meter:
         self.retained_bytes = ledger.retained
         self.baseline_bytes = ledger.existing
         self.timeline = ledger.timeline
+        if ledger.history is not None:
+            self.history = ledger.history.timeline()
 
     def mark(self, name: str) -> None:
         """Start a phase called `name`; see Tracker.mark."""

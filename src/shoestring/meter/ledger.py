@@ -3,6 +3,8 @@
 import weakref
 from dataclasses import dataclass, field
 
+from .history import History
+
 CATEGORIES = ("weights", "gradients", "optimizer", "saved", "transient", "cache", "other")
 TIMELINE_LIMIT = 1 << 15
 # The CUDA caching allocator hands out multiples of this many bytes (CUDACachingAllocator.cpp).
@@ -12,13 +14,14 @@ CUDA_ROUNDING = 512
 class Charge(weakref.ref):
     """One live storage: the weak reference itself carries what was charged for it."""
 
-    __slots__ = ("born", "category", "inside", "key", "ledger", "nbytes")
+    __slots__ = ("born", "category", "inside", "key", "ledger", "nbytes", "since")
 
     key: int
     nbytes: int
     category: str
     ledger: "Ledger"
     born: int  # number of charges made in its ledger before this one
+    since: int  # when it got its size, in the time of its ledger's history
     inside: bool  # created while tracking, not before
 
 
@@ -38,6 +41,7 @@ class Ledger:
     serial: int = 0
     retained: int = 0
     timeline: list[tuple[str, int]] = field(default_factory=list)
+    history: History | None = None
 
     def note(self, phase: str) -> None:
         """Append one point; when the list is full, keep the higher of each two neighbours."""
@@ -56,6 +60,8 @@ class Ledger:
             self.peak_by_category["transient"] += scratch
             self.peak_phase, self.peak_operator = phase, operator
             self.peak_serial = self.serial
+        if self.history is not None:
+            self.history.settled(phase, scratch)
 
 
 def rounded(nbytes: int, device: str) -> int:

@@ -14,6 +14,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .history import EXISTING, History
 from .ledger import CATEGORIES, Charge, Ledger, rounded
 from .operators import draws, plain_tensors, scratch_bytes, tensors_in
 from .unseen import watch_resize, watch_rng_states
@@ -40,10 +41,13 @@ class Tracker(TorchDispatchMode):
 
     Phases are found without help: "forward", "loss", "loss backward", "backward",
     "after backward" (such as clipping), "optimizer step"; `mark` names them by hand.
+
+    history: keep the lives of all storages too, for a timeline by category.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, history: bool = False) -> None:
         super().__init__()
+        self._keeps_history = history
         self.ledgers: dict[str, Ledger] = {}
         self.random_draws = 0
         self.phase = "forward"
@@ -129,6 +133,9 @@ class Tracker(TorchDispatchMode):
             self._end_forward()
         for ledger in self.ledgers.values():
             ledger.timeline = [(name, count + ledger.existing) for name, count in ledger.timeline]
+        for charge in self._charges.values():
+            if charge.ledger.history is not None:
+                charge.ledger.history.left(charge.since, charge.nbytes, charge.category)
         # No refunds after this: the numbers are those of the window.
         self._charges.clear()
 
@@ -184,6 +191,8 @@ class Tracker(TorchDispatchMode):
         if not category:
             category = self._category_of(tensor)
         charge.category, charge.born = category, ledger.serial
+        if ledger.history is not None:
+            charge.since = ledger.history.began() if inside else EXISTING
         self._charges[key] = charge
         ledger.serial += 1
         ledger.live += charge.nbytes
@@ -200,6 +209,7 @@ class Tracker(TorchDispatchMode):
         ledger = self.ledgers.get(device)
         if ledger is None:
             ledger = self.ledgers[device] = Ledger(device)
+            ledger.history = History(CATEGORIES) if self._keeps_history else None
         return ledger
 
     def _category_of(self, tensor: Tensor) -> str:
@@ -212,6 +222,9 @@ class Tracker(TorchDispatchMode):
         assert isinstance(reference, Charge)
         if self._charges.pop(reference.key, None) is None:
             return
+        history = reference.ledger.history
+        if history is not None:
+            history.ended(reference.since, reference.nbytes, reference.category)
         reference.ledger.live -= reference.nbytes
         reference.ledger.by_category[reference.category] -= reference.nbytes
 
@@ -221,6 +234,10 @@ class Tracker(TorchDispatchMode):
         if charge is None:
             return
         nbytes = rounded(storage.nbytes(), charge.ledger.device)
+        history = charge.ledger.history
+        if history is not None:
+            history.ended(charge.since, charge.nbytes, charge.category)
+            charge.since = history.began()
         charge.ledger.live += nbytes - charge.nbytes
         charge.ledger.by_category[charge.category] += nbytes - charge.nbytes
         charge.nbytes = nbytes

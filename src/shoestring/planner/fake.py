@@ -42,6 +42,8 @@ class Profile:
     retained_bytes: held for the backward at the end of the forward.  baseline_bytes: what
     exists before the first step (weights, batch).  timeline: (phase, bytes) after each
     operator that allocates, over all steps.  random_draws: operators that drew random numbers.
+    history: a later step by category, as `Meter.history` tells a measured one; None where later
+    steps were not counted.
     """
 
     peak_bytes: int
@@ -52,6 +54,7 @@ class Profile:
     baseline_bytes: int
     timeline: list[tuple[str, int]]
     random_draws: int
+    history: dict[str, Any] | None = None
 
 
 def simulate(
@@ -93,9 +96,10 @@ def simulate(
         twin.train()
         parameters = [each for each in twin.parameters() if each.requires_grad]
         chosen = (optimizer or _fused_adamw)(parameters)
-        tracker = Tracker()
+        tracker = Tracker(history=later)
         tracker.seed(twin, chosen)
         tracker.assign("other", _tensors(fake))
+        first_only = (0, 0)
         with tracker, _explained(twin):
             for number in range(steps):
                 for _ in range(accumulate):
@@ -106,21 +110,25 @@ def simulate(
                 if grad_clip is not None:
                     nn.utils.clip_grad_norm_(parameters, grad_clip)
                 if later and number == steps - 1:
-                    _step_and_later(tracker, chosen)
+                    first_only = _step_and_later(tracker, chosen)
                 else:
                     chosen.step()
                 chosen.zero_grad(set_to_none=True)
-    return _profile(tracker)
+    return _profile(tracker, first_only)
 
 
-def _step_and_later(tracker: Tracker, optimizer: Optimizer) -> None:
+def _step_and_later(tracker: Tracker, optimizer: Optimizer) -> tuple[int, int]:
     """The optimizer's step, and the peak of the next training step: up to the optimizer it is
-    this one's with the states on top, which come to be only now."""
+    this one's with the states on top, which come to be only now. Returns the stretch of the
+    history that is the first step's alone."""
     ledger = tracker.ledger
+    assert ledger.history is not None
     tracker.mark("optimizer step")
     found = replace(ledger, peak_by_category=dict(ledger.peak_by_category))
     states = ledger.by_category["optimizer"]
+    began = ledger.history.now
     optimizer.step()
+    made_states = ledger.history.now
     optimizer.step()  # its own peak, with the states there from the start
     states = ledger.by_category["optimizer"] - states
     if found.peak + states > ledger.peak:
@@ -128,6 +136,7 @@ def _step_and_later(tracker: Tracker, optimizer: Optimizer) -> None:
         ledger.peak_by_category = found.peak_by_category
         ledger.peak_by_category["optimizer"] += states
         ledger.peak_phase, ledger.peak_operator = found.peak_phase, found.peak_operator
+    return began, made_states
 
 
 def fake_model(model_or_config: Any, mode: FakeTensorMode) -> nn.Module:
@@ -237,8 +246,11 @@ def _tensors(batch: Mapping[str, Any]) -> list[Tensor]:
     return found
 
 
-def _profile(tracker: Tracker) -> Profile:
+def _profile(tracker: Tracker, first_only: tuple[int, int]) -> Profile:
     ledger = tracker.ledger
+    history = None
+    if ledger.history is not None:
+        history = ledger.history.timeline(skip=first_only, present="optimizer")
     return Profile(
         peak_bytes=ledger.peak,
         by_category=dict(ledger.peak_by_category),
@@ -248,4 +260,5 @@ def _profile(tracker: Tracker) -> Profile:
         baseline_bytes=ledger.existing,
         timeline=ledger.timeline,
         random_draws=tracker.random_draws,
+        history=history,
     )

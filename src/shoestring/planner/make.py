@@ -107,6 +107,7 @@ class PlanFor:
             instant=profile.instant, step_seconds=choice.seconds if chosen.timed else None,
             spans=choice.spans, patches=choice.patches,
             rows=rows, blocks=len(chosen.base.stack), model=type(chosen.base.model).__name__,
+            history=profile.history,
         )  # fmt: skip
 
 

@@ -61,7 +61,8 @@ class Plan:
     budget_bytes: what was given.  peak_bytes: promised peak of live tensors.  by_category: that
     peak in the words of Meter.  instant: the phase it falls in.  step_seconds: predicted, None
     when nothing was timed.  rows: the usual schemes beside this plan, by the chain model (within
-    a few percent).  blocks: how many blocks the stack has.
+    a few percent).  blocks: how many blocks the stack has.  history: what a step will hold from
+    instant to instant, by category, as `Meter.history` tells it afterwards; None in older plans.
     """
 
     budget_bytes: int
@@ -74,6 +75,7 @@ class Plan:
     rows: tuple[Row, ...]
     blocks: int
     model: str
+    history: Mapping[str, Any] | None = field(default=None, repr=False)
     _applied: "weakref.WeakKeyDictionary[nn.Module, Callable[[], None]]" = field(
         default_factory=weakref.WeakKeyDictionary, compare=False, repr=False
     )
@@ -145,8 +147,11 @@ class Plan:
 
     # -- as JSON ---------------------------------------------------------------------------------
 
-    def to_json(self) -> str:
-        """The plan as JSON; `from_json` gives an equal plan back."""
+    def to_json(self, *, history: bool = True) -> str:
+        """The plan as JSON; `from_json` gives an equal plan back.
+
+        history: with the instants of a step, which are most of the text.
+        """
         value: dict[str, Any] = {"format": FORMAT, "torch": torch.__version__}
         for name in _FIELDS:
             value[name] = getattr(self, name)
@@ -154,7 +159,11 @@ class Plan:
         value["spans"] = [asdict(s) for s in self.spans]
         value["patches"] = [{"method": w.method, "config": dict(w.config)} for w in self.patches]
         value["rows"] = [asdict(r) for r in self.rows]
-        return json.dumps(value, indent=2)
+        text = json.dumps(value, indent=2)
+        if self.history is None or not history:
+            return text
+        # Thousands of numbers: on one line, so that the rest stays readable.
+        return f'{text[:-2]},\n  "history": {json.dumps(self.history)}\n}}'
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -177,6 +186,7 @@ class Plan:
             spans=tuple(Span(**s) for s in value["spans"]),
             patches=tuple(Way(**w) for w in value["patches"]),
             rows=tuple(Row(**r) for r in value["rows"]),
+            history=value.get("history"),
         )
 
 
