@@ -25,6 +25,7 @@ LEVELS = [
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 NEIGHBOURS = {0, 1}  # levels whose members may import each other
 ALLOWED = {
+    ("report", "checkpoint"),  # a page is written whole or not at all
     ("convert", "training"),  # healing a converted model trains it
     ("models", "methods"),  # a model that is reversible by construction
 }
@@ -187,7 +188,7 @@ def test_what_only_looks_forbidden_passes():
 @pytest.mark.parametrize(
     "module",
     ["errors", "units", "allocator", "training.config", "cli.main", "cli.train", "cli.plan",
-     "cli.generate", "cli.doctor", "cli.demo"],
+     "cli.report", "cli.generate", "cli.doctor", "cli.demo", "report"],
 )  # fmt: skip
 def test_module_imports_without_torch(module):
     code = (

@@ -1,0 +1,128 @@
+"""The plan as a strip of blocks coloured by method, its patches, and what else there was."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..units import format_bytes
+from .charts import percent, swatch
+from .markup import Html, join, tag
+from .receipts import DASH, duration, shown
+from .run import RunRecord, dig, items, mapping, number, text
+
+COLOURS = tuple(f"--s{index}" for index in range(8))
+WITHOUT = "nothing"
+"""Blocks that no span names run as they are."""
+_CELLS = 400  # more blocks than this are drawn as whole spans
+
+
+def method_colours(runs: Sequence[RunRecord]) -> dict[str, str]:
+    """A colour for every method on the page, the same in every strip."""
+    names: dict[str, None] = {}
+    for run in runs:
+        names |= dict.fromkeys(name for name, *_ in _spans(run.plan))
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+
+
+def plan(run: RunRecord, colours: Mapping[str, str]) -> Html:
+    """One run's plan, or a word that it had none."""
+    if not run.plan:
+        return tag("p", "This run had no plan.", cls="nothing")
+    return join(_strip(run, colours), _patches(run.plan), _alternatives(run.plan))
+
+
+def _spans(plan: Mapping[str, Any]) -> Iterator[tuple[str, int, int, Mapping[str, Any]]]:
+    """(method, start, stop, config) of every span that can be read."""
+    for span in items(plan, "spans"):
+        start, stop = number(span, "start"), number(span, "stop")
+        name = text(span, "method")
+        if name is not None and start is not None and stop is not None and 0 <= start < stop:
+            yield name, int(start), int(stop), mapping(span, "config")
+
+
+def _strip(run: RunRecord, colours: Mapping[str, str]) -> Html:
+    spans = sorted(_spans(run.plan), key=lambda span: span[1])
+    blocks = int(number(run.plan, "blocks") or 0)
+    end = max([blocks, *(stop for _, _, stop, _ in spans)])
+    if end <= 0:
+        return tag("p", "The plan names no blocks.", cls="nothing")
+    cells = [_cell(name, start, stop, end, config, colours) for name, start, stop, config in spans]
+    words = [
+        tag("li", swatch(colours[name]), tag("b", name), " ", blocks_of(start, stop),
+            tag("span", settings(config)))
+        for name, start, stop, config in spans
+    ]  # fmt: skip
+    ends = tag("div", tag("span", "first block"), tag("span", "last block"), cls="strip-ends")
+    return join(
+        tag("div", *cells, cls="strip", role="img", aria_label="method of every block"),
+        ends,
+        tag("ul", *words, cls="spans"),
+    )
+
+
+def _cell(
+    name: str, start: int, stop: int, end: int, config: Mapping[str, Any],
+    colours: Mapping[str, str],
+) -> Html:  # fmt: skip
+    blocks = [tag("i") for _ in range(start, stop)] if end <= _CELLS else [tag("i")]
+    style = f"left:{percent(start / end)};width:{percent((stop - start) / end)};"
+    style += f"--method:var({colours[name]})"
+    title = f"{name}, {blocks_of(start, stop)} {settings(config)}".strip()
+    return tag("div", *blocks, title=title, style=style)
+
+
+def blocks_of(start: int, stop: int) -> str:
+    """0, 4 -> blocks 0-3."""
+    return f"block {start}" if stop - start == 1 else f"blocks {start}-{stop - 1}"
+
+
+def settings(config: Mapping[str, Any]) -> str:
+    """Settings of a method in one line."""
+    return ", ".join(f"{key} = {value}" for key, value in config.items())
+
+
+def _patches(plan: Mapping[str, Any]) -> Html:
+    found = [each for each in items(plan, "patches") if text(each, "method")]
+    if not found:
+        return tag("p", "Loss and modules run as they are.", cls="note")
+    parts = [
+        tag(
+            "li", tag("b", str(dig(each, "method"))), tag("span", settings(mapping(each, "config")))
+        )
+        for each in found
+    ]
+    return join(tag("h3", "Beside the blocks"), tag("ul", *parts, cls="pills"))
+
+
+def _alternatives(plan: Mapping[str, Any]) -> Html:
+    budget = number(plan, "budget_bytes")
+    rows = [row for row in items(plan, "rows") if number(row, "peak_bytes") is not None]
+    mine = {"name": "this plan", "peak_bytes": plan.get("peak_bytes"),
+            "seconds": plan.get("step_seconds"), "instant": plan.get("instant")}  # fmt: skip
+    if number(mine, "peak_bytes") is not None:
+        rows.append(mine)
+    if not rows:
+        return Html()
+    most = max([number(row, "peak_bytes") or 0.0 for row in rows] + [budget or 0.0]) or 1.0
+    head = tag("tr", tag("td"), tag("th", "peak"), tag("th", "one update"),
+               tag("th", "highest in the", cls="wide"), tag("th", ""))  # fmt: skip
+    body = [_alternative(row, budget, most, is_mine=row is mine) for row in rows]
+    table = tag("table", tag("thead", head), tag("tbody", *body), cls="numbers alternatives")
+    return join(tag("h3", "What else there was"), tag("div", table, cls="scroll"))
+
+
+def _alternative(row: Any, budget: float | None, most: float, *, is_mine: bool) -> Html:
+    peak = number(row, "peak_bytes") or 0.0
+    fits = budget is None or peak <= budget
+    fill = tag("b", style=f"width:{percent(peak / most)}", cls=None if fits else "over")
+    tick = Html()
+    if budget is not None:
+        tick = tag("i", cls="tick", style=f"left:{percent(budget / most)}", title="budget")
+    return tag(
+        "tr",
+        tag("th", text(row, "name") or DASH, tag("div", fill, tick, cls="bar")),
+        tag("td", format_bytes(peak)),
+        tag("td", shown(number(row, "seconds"), duration)),
+        tag("td", text(row, "instant") or DASH, cls="wide"),
+        tag("td", "fits" if fits else "too much", cls="fits" if fits else "over"),
+        cls="mine" if is_mine else None,
+    )
