@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 VERBS = {
     "plan": "what fits into a byte budget and what it costs, before anything is allocated",
     "train": "train inside the budget, from a TOML file",
+    "report": "one page of a run, or of several over one another",
     "generate": "continue a text with a trained model",
     "doctor": "versions, devices, free memory, and a short self test",
     "demo": "a deep language model trained on real text in a few hundred MiB",
