@@ -12,6 +12,7 @@ lives in the executor that the runners of a span share.
 """
 
 import inspect
+import itertools
 import logging
 import sys
 import weakref
@@ -118,6 +119,19 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
     return hidden
 
 
+_orders = itertools.count()
+
+
+class Applied:
+    """One call of `Stack.apply`: the runners that it put in refer to it, so that exactly those
+    are taken out again. A deepcopy of the model gets one of its own."""
+
+    __slots__ = ("order",)
+
+    def __init__(self) -> None:
+        self.order = next(_orders)
+
+
 class Runner:
     """Stands in a block's instance `forward`. Refers to the block weakly: no cycle, and a
     deepcopy of the block gets a runner of its own."""
@@ -128,11 +142,13 @@ class Runner:
         inner: Callable[..., Any] | None,
         executor: Executor,
         position: int,
+        applied: Applied,
     ) -> None:
         self._block = weakref.ref(block)
         self.inner = inner  # what stood in the instance before, if anything
         self.executor = executor
         self.position = position
+        self.applied = applied
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -166,10 +182,22 @@ class Runner:
         # deepcopy registers the new block before it copies the block's attributes.
         new_block = memo.get(id(block), block)
         inner = deepcopy(self.inner, memo) if isinstance(self.inner, Runner) else self.inner
-        return Runner(new_block, inner, deepcopy(self.executor, memo), self.position)
+        executor, applied = deepcopy(self.executor, memo), deepcopy(self.applied, memo)
+        return Runner(new_block, inner, executor, self.position, applied)
 
     def __reduce__(self) -> Any:
-        return Runner, (self._block(), self.inner, self.executor, self.position)
+        return Runner, (self._block(), self.inner, self.executor, self.position, self.applied)
+
+
+def _less(forward: Any, applied: Applied) -> Any:
+    """What stands in a block's `forward`, without the runners of that application."""
+    if not isinstance(forward, Runner):
+        return forward
+    inner = _less(forward.inner, applied)
+    if forward.applied is applied:
+        return inner
+    forward.inner = inner
+    return forward
 
 
 _cache_dropped = False
@@ -230,6 +258,7 @@ class Stack:
         self.model = model
         self.path = path
         self.blocks = tuple(blocks)
+        self._applied: list[Applied] | None = None  # None: this object never applied anything
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -278,23 +307,40 @@ class Stack:
                     expected="spans inside the stack that do not overlap",
                 )
             taken |= span
+        applied = Applied()
+        self._applied = [*(self._applied or ()), applied]
         for start, stop, executor in executors:
             for position, block in enumerate(self.blocks[start:stop]):
                 inner = block.__dict__.get("forward")
                 if isinstance(inner, Runner) and not inner.executor.always:
                     inner = inner.inner  # a plan replaces a plan; an architecture stays below
-                block.__dict__["forward"] = Runner(block, inner, executor, position)
+                block.__dict__["forward"] = Runner(block, inner, executor, position, applied)
 
     def restore(self) -> None:
-        """Take out the runners that the last `apply` put in."""
+        """Take out the runners that the last `apply` of this object put in, and no others.
+
+        On an object that never applied anything: those that came last, a plan's before those
+        that make up the model's architecture.
+        """
+        if self._applied is None:
+            applied = self._last_applied()
+        else:
+            applied = self._applied.pop() if self._applied else None
+        if applied is None:
+            return
         for block in self.blocks:
-            runner = block.__dict__.get("forward")
-            if not isinstance(runner, Runner):
-                continue
-            if runner.inner is None:
-                del block.__dict__["forward"]
+            forward = _less(block.__dict__.get("forward"), applied)
+            if forward is None:
+                block.__dict__.pop("forward", None)
             else:
-                block.__dict__["forward"] = runner.inner
+                block.__dict__["forward"] = forward
+
+    def _last_applied(self) -> Applied | None:
+        forwards = [block.__dict__.get("forward") for block in self.blocks]
+        runners = [f for f in forwards if isinstance(f, Runner)]
+        if not runners:
+            return None
+        return max(runners, key=lambda r: (not r.executor.always, r.applied.order)).applied
 
     @property
     def executors(self) -> list[Executor | None]:

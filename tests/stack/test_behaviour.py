@@ -1,5 +1,6 @@
 """What surrounds a stack: caches, hooks, Hugging Face's own checkpointing, and what is refused."""
 
+import copy
 import logging
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import shoestring
 import shoestring.stack
 from shoestring.errors import ConfigError, StackError
 from shoestring.methods import apply_spans, method
@@ -402,3 +404,52 @@ def test_a_forward_that_stood_in_the_instance_comes_back() -> None:
     stack.restore()
     assert block.forward is patched
     assert len(calls) == 1 + 2  # the plain step; forward and replay
+
+
+def names_of(stack: Stack) -> list[str | None]:
+    return [type(e).__name__ if e is not None else None for e in stack.executors]
+
+
+def test_restore_takes_out_what_its_apply_put_in_and_nothing_else() -> None:
+    stack = Stack.of(PlainModel())
+    apply_spans(stack, [Span(0, 4, "recompute")])
+    apply_spans(stack, [Span(0, 2, "keep")])
+    stack.restore()
+    assert names_of(stack) == [None, None, "RecomputeExecutor", "RecomputeExecutor"]
+    stack.restore()
+    assert names_of(stack) == [None] * 4
+
+
+def test_two_stacks_of_one_model_undo_in_any_order() -> None:
+    model = PlainModel()
+    lower, upper = Stack.of(model), Stack.of(model)
+    apply_spans(lower, [Span(0, 2, "recompute")])
+    apply_spans(upper, [Span(2, 4, "keep")])
+    lower.restore()
+    assert names_of(upper) == [None, None, "KeepExecutor", "KeepExecutor"]
+    lower.restore()  # it has nothing left in the model
+    assert names_of(upper) == [None, None, "KeepExecutor", "KeepExecutor"]
+
+
+def test_a_stack_that_applied_nothing_takes_out_what_came_last() -> None:
+    model = PlainModel()
+    apply_spans(Stack.of(model), [Span(0, 2, "recompute")])
+    apply_spans(Stack.of(model), [Span(2, 4, "keep")])
+    Stack.of(model).restore()
+    assert names_of(Stack.of(model)) == ["RecomputeExecutor", "RecomputeExecutor", None, None]
+    Stack.of(copy.deepcopy(model)).restore()
+    assert names_of(Stack.of(model)) == ["RecomputeExecutor", "RecomputeExecutor", None, None]
+    Stack.of(model).restore()
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("same_stack", [True, False])
+def test_restoring_a_plan_of_some_blocks_leaves_a_reversible_stack_whole(same_stack: bool) -> None:
+    model = shoestring.reversible(llama())
+    before = step(model, tokens())
+    stack = Stack.of(model)
+    apply_spans(stack, [Span(0, 2, "keep")])
+    assert_same(before, step(model, tokens()))
+    (stack if same_stack else Stack.of(model)).restore()
+    assert names_of(stack) == ["ReversibleExecutor"] * 4
+    assert_same(before, step(model, tokens()))
