@@ -39,7 +39,7 @@ from .distributed import World
 from .evaluate import HeldOut, continuation
 from .guard import BudgetGuard, FiniteGuard, Measured
 from .optimizer import optimizer_factory
-from .out_of_memory import can_be_split, gave_up, held_by_category, release
+from .out_of_memory import can_be_split, gave_up, held_by_category, is_out_of_memory, release
 from .planning import make_plan, rows_that_fit
 from .prepare import Builder, loss_function, precision, prepare_data
 from .receipt import describe_model, environment, error_of
@@ -76,7 +76,6 @@ class Job:
         self.checkpoints = Checkpoints(self.record.directory, config.checkpoint, self.record.tell)
         self.updates = 0
         self.split = 1
-        self.was_interrupted = False
         self._resume = resume
         self._saved: Checkpoint | None = None
         self._facts: dict[str, Any] = {}
@@ -303,26 +302,26 @@ class Job:
             self.checkpoints.save(self.updates, snapshot, texts, is_last=is_last)
         self.world.barrier()
 
-    def skip(self, step: int, error: TrainingDiverged) -> None:
-        """Leave out an update whose numbers were not finite. Raises the error after `SKIPS`."""
+    def skip(self, step: int, error: TrainingDiverged) -> TrainingDiverged | None:
+        """Leave out an update whose numbers were not finite; gives the error back after `SKIPS`."""
         self._skipped_in_a_row += 1
-        if self.config.run.nonfinite == "stop" or self._skipped_in_a_row > SKIPS:
-            raise error
         self.optimizer.zero_grad(set_to_none=True)
+        if self.config.run.nonfinite == "stop" or self._skipped_in_a_row > SKIPS:
+            return error
         self.updates = step
         self.record.line("skipped", step=step, message=str(error))
+        return None
 
     def split_after(self, step: int, error: BaseException, microbatches: Sequence[Batch]) -> None:
         """Memory ran out in a step: cut its microbatches in half, once. OutOfBudget otherwise."""
         self.optimizer.zero_grad(set_to_none=True)
         release(self.world.device)
         held = held_by_category(self.model, self.optimizer)
-        was_split = self.split > 1
+        was_split, message = self.split > 1, str(error).splitlines()[0]
         # In a group the others are waiting inside the step, and cannot be told.
         if was_split or self.world.size > 1 or not can_be_split(microbatches, 2):
-            raise gave_up(step, held, error, was_split=was_split) from None
+            raise gave_up(f"step {step}", held, message, was_split=was_split)
         self.split = 2
-        message = str(error).splitlines()[0]
         self.record.line("out of memory", step=step, message=message, held=held, split=self.split)
 
     def watch(self, step: int) -> AbstractContextManager[Measured]:
@@ -355,7 +354,26 @@ class Job:
         )
 
     def evaluate(self) -> HeldOut:
-        """Held-out loss, and a sample when the config wants one; inside the budget."""
+        """Held-out loss, and a sample when the config wants one; inside the budget.
+
+        Where memory runs out, with half as many rows at once, down to one.
+        """
+        while True:
+            try:
+                return self._evaluate()
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or self.world.size > 1:
+                    raise
+                message = str(error).splitlines()[0]
+            release(self.world.device)
+            where = f"evaluation after step {self.updates}"
+            held = held_by_category(self.model, self.optimizer)
+            if self.data.held_out.batch == 1:
+                raise gave_up(where, held, message, was_split=True)
+            self.data.held_out.batch //= 2
+            self.record.line("out of memory", step=self.updates, message=message, held=held)
+
+    def _evaluate(self) -> HeldOut:
         where = f"evaluation after step {self.updates}"
         with self._budget.watch(
             where, self.model, self.optimizer, tracked=self.updates == 0
@@ -399,6 +417,8 @@ class Job:
 
     def stop(self, error: ShoestringError) -> None:
         """Save what the updates before an error have made, with the error in the receipt."""
+        if self.world.size > 1 and not isinstance(error, TrainingDiverged | OutOfBudget):
+            return  # it came up in the middle of a step, where the others still wait for this one
         self.optimizer.zero_grad(set_to_none=True)
         if self.updates:
             self.save_checkpoint(is_last=True)

@@ -9,15 +9,22 @@ after its last whole update; the receipt says how it ended, and `resume` goes on
 """
 
 import dataclasses
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..errors import OutOfBudget, TrainingDiverged
+from ..errors import (
+    OutOfBudget,
+    ReplayMismatch,
+    ShoestringError,
+    StreamOverflow,
+    TrainingDiverged,
+)
 from .checkpoints import config_of
 from .config import RunConfig
 from .distributed import world as joined
+from .guard import Measured
 from .interruption import Interruption
 from .job import Job, Run
 from .optimizer import set_learning_rate
@@ -28,6 +35,9 @@ from .step import update
 
 __all__ = ["Run", "resume", "train"]
 
+STOPPING = (TrainingDiverged, OutOfBudget, StreamOverflow, ReplayMismatch)
+"""Errors that end a run but leave what it made."""
+
 
 def train(config: RunConfig, *, progress: Progress | None = None) -> Run:
     """Train as the config says; returns when done, or interrupted after a whole step.
@@ -35,9 +45,9 @@ def train(config: RunConfig, *, progress: Progress | None = None) -> Run:
     progress: called with one dict for every event, its kind under "event".
 
     Raises OutOfBudget (nothing fits, or a step took more than promised), TrainingDiverged (before
-    the update), ConfigError (also for a directory that holds a run already), DataError,
-    StackError, CheckpointError. The first two leave the model as it was after the last update in
-    the run directory, once there was one, and a checkpoint to go on from.
+    the update), StreamOverflow and ReplayMismatch (a reversible stack): these leave the model as
+    it was after the last update, once there was one, and a checkpoint to go on from. ConfigError
+    (also for a directory that holds a run already), DataError, StackError, CheckpointError.
     """
     return _train(config, progress, resume=False)
 
@@ -83,26 +93,35 @@ def _train(config: RunConfig, progress: Progress | None, *, resume: bool) -> Run
         try:
             if job.was_resumed and every and job.updates % every == 0:
                 job.evaluate()  # it came after the checkpoint
-            for step in _steps(job, interruption):
-                _step(job, step)
+            votes = _vote(job, interruption)
+            while job.updates < config.run.steps and not votes.to_end:
+                failure = _step(job, job.updates + 1)
+                votes = _vote(job, interruption, failure)
+                if votes.failed:
+                    raise failure or _elsewhere(job)
                 # Saved first: an evaluation that fails then costs nothing.
-                if _is_due(job, step):
+                if votes.to_save:
                     job.save_checkpoint()
-                if every and step % every == 0:
+                if every and job.updates % every == 0:
                     job.evaluate()
-        except (TrainingDiverged, OutOfBudget) as error:
+        except STOPPING as error:
             job.stop(error)
             raise
-        return job.finish("interrupted" if job.was_interrupted else "finished")
+        return job.finish("interrupted" if votes.interrupted else "finished")
 
 
-def _step(job: Job, step: int) -> None:
-    """One update; where memory runs out, once more with the microbatches split."""
+def _step(job: Job, step: int) -> ShoestringError | None:
+    """One update; where memory runs out, once more with the microbatches split.
+
+    Gives back what should end the run, so that all processes of a group hear of it.
+    """
     config = job.config
     lr = learning_rate(config.schedule, step, peak=config.optim.lr, steps=config.run.steps)
     set_learning_rate(job.optimizer, lr)
     microbatches = [next(job.batches) for _ in range(config.optim.accumulate)]
     while True:
+        updated = None
+        measured = Measured()
         try:
             with job.watch(step) as measured:
                 updated = update(
@@ -118,28 +137,48 @@ def _step(job: Job, step: int) -> None:
                 )
         except TrainingDiverged as error:
             return job.skip(step, error)
+        except OutOfBudget as error:
+            assert updated is not None  # it is held against the budget once it was made
+            job.log(step, lr, updated, measured)
+            return error
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             failure = error.with_traceback(None)  # its frames hold the tensors of the step
         else:
-            return job.log(step, lr, updated, measured)
+            job.log(step, lr, updated, measured)
+            return None
         job.split_after(step, failure, microbatches)
 
 
-def _is_due(job: Job, step: int) -> bool:
-    """Whether to save now: the first process's clock decides for all."""
-    wants = job.world.is_first and job.checkpoints.is_due(step)
-    return bool(job.world.sum([float(wants)])[0])
+@dataclass(frozen=True, slots=True)
+class Votes:
+    """What the processes of a group want, so that all do the same."""
+
+    failed: bool
+    to_save: bool
+    interrupted: bool
+    late: bool
+
+    @property
+    def to_end(self) -> bool:
+        """Whether to stop before the next update."""
+        return self.interrupted or self.late
 
 
-def _steps(job: Job, interruption: Interruption) -> Iterator[int]:
-    """The next step, and the next, up to the last, until somebody asks to stop or time is up."""
-    settings = job.config.run
-    limit = settings.minutes * 60 if settings.minutes else float("inf")
-    for step in range(job.updates + 1, settings.steps + 1):
-        asked, late = job.world.sum([interruption.asked, job.seconds > limit])
-        job.was_interrupted = bool(asked)
-        if asked or late:
-            return
-        yield step
+def _vote(job: Job, interruption: Interruption, failure: Exception | None = None) -> Votes:
+    limit = job.config.run.minutes * 60
+    mine = [
+        failure is not None,
+        job.world.is_first and job.checkpoints.is_due(job.updates),
+        interruption.asked,
+        bool(limit) and job.seconds > limit,
+    ]
+    return Votes(*map(bool, job.world.sum([float(each) for each in mine])))
+
+
+def _elsewhere(job: Job) -> OutOfBudget:
+    return OutOfBudget(
+        f"step {job.updates}: another process of the group went over its budget",
+        hint="Its own message says by how much.",
+    )

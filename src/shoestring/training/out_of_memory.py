@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import OutOfBudget, ShoestringError
 from ..meter import Tracker
 from ..objectives.next_token import Batch
+from ..units import format_bytes
 
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
@@ -57,14 +58,14 @@ def can_be_split(microbatches: Sequence[Batch], count: int) -> bool:
     return all(len(batch["input_ids"]) >= count for batch in microbatches)
 
 
-def gave_up(step: int, held: dict[str, int], error: BaseException, *, was_split: bool) -> Exception:
+def gave_up(where: str, held: dict[str, int], message: str, *, was_split: bool) -> OutOfBudget:
     """The error that ends a run which ran out of memory again."""
-    what = ", ".join(f"{name} {count:,} bytes" for name, count in held.items())
-    again = " again, though its microbatches were split" if was_split else ""
+    what = ", ".join(f"{name} {format_bytes(count)}" for name, count in held.items())
+    again = ", though it was split already" if was_split else ""
     return OutOfBudget(
-        f"step {step}: the system had no more memory{again} ({str(error).splitlines()[0]}); "
-        f"held between steps: {what}",
+        f"{where}: the system had no more memory{again} ({message}); what stays between steps: "
+        f"{what}",
         expected="as much free memory as the budget allows",
         hint="Close other programs, or set a smaller run.budget; then go on with resume.",
-        instant=f"step {step}",
+        instant=where,
     )
