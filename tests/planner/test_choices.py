@@ -9,7 +9,8 @@ from shoestring.methods import METHODS, Method, Promises
 from shoestring.methods.chunked_loss import ChunkedLoss
 from shoestring.planner import planner
 from shoestring.planner.chain import Kept, Redone, evaluate
-from shoestring.planner.choose import spans_of, strip
+from shoestring.planner.choose import spans_of
+from shoestring.planner.in_place import strip
 from shoestring.planner.ways import Offer, Way, allowed
 from shoestring.stack import Stack
 

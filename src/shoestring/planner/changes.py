@@ -17,7 +17,8 @@ from ..stack import Span, Stack
 from ..units import format_bytes
 from .choose import Planner
 from .cost import Step
-from .ways import FIDELITIES, allowed, apply_ways, bare
+from .in_place import bare
+from .ways import FIDELITIES, allowed, apply_ways
 
 WANTED = 3
 Attempt = tuple[str, Callable[[], int]]

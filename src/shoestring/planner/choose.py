@@ -18,13 +18,14 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
-from ..stack import Span, Stack
+from ..stack import Span
 from .chain import BlockCost, Chain, Kept, Option, Redone, Schedule, evaluate, keep_all, nested
 from .cost import Step, Twin, measure_chain, optimizer_bytes
 from .fake import Profile
+from .in_place import bare, strip
 from .solver import Solver
 from .timing import Timer
-from .ways import Allow, Offer, Way, allowed, apply_ways, bare, offer_for, patches_for
+from .ways import Allow, Offer, Way, allowed, apply_ways, offer_for, patches_for
 
 NEAR = 0.03
 """How far the chain model may be off the simulation: within this of the budget, simulate."""
@@ -367,10 +368,3 @@ def no_faster(patched: Variant, base: Variant) -> Variant:
     chain = replace(patched.chain, blocks=tuple(floored(b, p) for b, p in pairs))
     fixed = max(patched.fixed_seconds, base.fixed_seconds)
     return replace(patched, chain=chain, fixed_seconds=fixed)
-
-
-def strip(model: nn.Module) -> None:
-    """Take out every runner: the blocks run as their modules say."""
-    stack = Stack.of(model)
-    while any(e is not None for e in stack.executors):
-        stack.restore()

@@ -36,7 +36,7 @@ from .fake import (
     simulate,
 )
 from .quick import QuickFakeMode
-from .ways import Offer, Way, apply_ways
+from .ways import Offer, Way, apply_ways, stack_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +231,7 @@ class Twin:
             if self.apply is not None:
                 self.apply(self.model)
             self.model.train()
-            self.stack = Stack.of(self.model)
+            self.stack = stack_of(self.model)
             self._capture()
 
     @property

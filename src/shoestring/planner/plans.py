@@ -19,9 +19,10 @@ from torch import nn
 
 from ..errors import ConfigError, StackError
 from ..meter import Meter
-from ..stack import Span, Stack
+from ..stack import Span
 from ..units import format_bytes, format_seconds
-from .ways import Way, apply_ways, bare
+from .in_place import InPlace, note_of, put, take_out
+from .ways import Way, stack_of
 
 FORMAT = 1
 
@@ -76,7 +77,7 @@ class Plan:
     blocks: int
     model: str
     history: Mapping[str, Any] | None = field(default=None, repr=False)
-    _applied: "weakref.WeakKeyDictionary[nn.Module, Callable[[], None]]" = field(
+    _applied: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[InPlace]]" = field(
         default_factory=weakref.WeakKeyDictionary, compare=False, repr=False
     )
 
@@ -90,34 +91,36 @@ class Plan:
 
     def apply(self, model: nn.Module) -> None:
         """Put the plan in place, instead of any plan that is. StackError when it is not for
-        this model, before anything is changed."""
-        blocks = len(Stack.of(model))
+        this model, which is then left as it was."""
+        blocks = len(stack_of(model))
         if blocks != self.blocks:
             raise StackError(
                 f"this plan is for {self.blocks} blocks of {self.model}, "
                 f"{type(model).__name__} has {blocks}",
                 expected="the model the plan was made for",
             )
-        if model in self._applied:
-            self.restore(model)
-        bare(model)
-        self._applied[model] = apply_ways(model, self.patches, self.spans)
+        self._applied[model] = weakref.ref(put(model, self.patches, self.spans))
 
     def restore(self, model: nn.Module) -> None:
         """Take the plan out of a model it was applied to."""
-        undo = self._applied.pop(model, None)
-        if undo is None:
+        if not self._is_in(model):
             raise StackError(
                 f"this plan is not applied to this {type(model).__name__}",
                 expected="a model that plan.apply(model) was called with",
             )
-        undo()
+        take_out(model)
+        del self._applied[model]
+
+    def _is_in(self, model: nn.Module) -> bool:
+        """Whether this plan, and no later one, is in place there."""
+        note = self._applied.get(model)
+        return note is not None and note() is not None and note() is note_of(model)
 
     def verify(self, step: Callable[[], object], *, steps: int = 2) -> Verification:
         """Run `step()` (forward, backward, optimizer step, zero_grad) under the meter and hold
         the measured peak against the promise. It runs twice, because the optimizer's states
         appear only in the first step; pass steps=1 when they exist."""
-        models = list(self._applied.keys())
+        models = [model for model in list(self._applied.keys()) if self._is_in(model)]
         with Meter(models[0] if len(models) == 1 else None) as meter:
             for _ in range(steps):
                 step()

@@ -7,14 +7,15 @@ from its end, and its setting `keep_top` says how many last blocks keep their gr
 list further settings worth trying in `variants`.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError, ShoestringError, closest
-from ..methods import METHODS, Method, apply_spans, method
+from ..errors import ConfigError, ShoestringError, StackError, closest
+from ..methods import METHODS, Method, Undo, apply_spans, method
 from ..stack import Executor, Span, Stack
 
 FIDELITIES = ("bitwise", "exact", "unbiased", "structural")
@@ -106,27 +107,26 @@ def patches_for(model: nn.Module, methods: Iterable[Method]) -> list[tuple[Way, 
     return [loss + module for loss in groups["loss"] for module in groups["module"]]
 
 
-def apply_ways(model: nn.Module, patches: Iterable[Way], spans: Sequence[Span]) -> Any:
-    """Put patches and spans in place; returns what undoes it, last first."""
-    undos = []
-    for way in patches:
-        how = method(way.method)
-        undos.append(how.apply(model, how.configure(way.config)))
-    stack = Stack.of(model)
-    if spans:
-        apply_spans(stack, spans)
-
-    def undo() -> None:
+def apply_ways(model: nn.Module, patches: Iterable[Way], spans: Sequence[Span]) -> Undo:
+    """Put patches and spans in place; returns what undoes it, last first. Errors undo it."""
+    with contextlib.ExitStack() as undos:
+        for way in patches:
+            how = method(way.method)
+            undos.callback(how.apply(model, how.configure(way.config)))
         if spans:
-            stack.restore()
-        for each in reversed(undos):
-            each()
+            stack = stack_of(model)
+            apply_spans(stack, spans)
+            undos.callback(stack.restore)
+        return undos.pop_all().close
 
-    return undo
 
-
-def bare(model: nn.Module) -> None:
-    """Take out the runners of a plan; those that make up the model's function stay."""
-    stack = Stack.of(model)
-    while (top := [e for e in stack.executors if e is not None]) and not top[0].always:
-        stack.restore()
+def stack_of(model: nn.Module) -> Stack:
+    """The stack that is planned. StackError says what a plan can do where there is not one."""
+    try:
+        return Stack.of(model)
+    except StackError as error:
+        raise StackError(
+            f"{error.what}; a plan covers one stack", expected=error.expected,
+            hint="Outside of plans, Stack.of(model, path=...) takes one of several lists of "
+            "layers, and methods.apply_spans runs its blocks.",
+        ) from None  # fmt: skip

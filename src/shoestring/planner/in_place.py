@@ -1,0 +1,105 @@
+"""Plans in models: put in, replaced, taken out, and not carried over into what is planned next.
+
+What a plan put in place is noted in the model itself, as data, so that a copy of the model (the
+planner's fake twin is one) knows which plan is in it. Methods stand in instance `forward`s, so
+the note is: of which module, what stood there before, and what stands there now.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import StackError
+from ..stack import Runner, Span
+from .ways import Way, apply_ways, stack_of
+
+_NOTE = "_shoestring_plan"  # an attribute of the model
+
+
+@dataclass(eq=False)
+class InPlace:
+    """(module, its instance `forward` before, and now; None = none), for what a plan changed."""
+
+    changes: list[tuple[nn.Module, Any, Any]]
+
+
+def put(model: nn.Module, patches: Sequence[Way], spans: Sequence[Span]) -> InPlace:
+    """Put patches and spans in place, instead of any plan that is. Errors change nothing."""
+    before, notes = _forwards(model), list(_notes(model))
+    try:
+        bare(model)
+        plain = _forwards(model)
+        apply_ways(model, patches, spans)
+    except BaseException:
+        for module, forward in before.items():
+            _set(module, forward)
+        for module, note in notes:
+            module.__dict__[_NOTE] = note
+        raise
+    changes = [(m, plain[m], now) for m, now in _forwards(model).items() if now is not plain[m]]
+    note = model.__dict__[_NOTE] = InPlace(changes)
+    return note
+
+
+def note_of(model: nn.Module) -> InPlace | None:
+    """What the plan in this model has changed; None without one."""
+    return vars(model).get(_NOTE)
+
+
+def take_out(model: nn.Module) -> None:
+    """Take the plan of this model out. StackError when something stands over it by now."""
+    note = note_of(model)
+    if note is None:
+        return
+    standing = []
+    for module, before, now in note.changes:
+        found = vars(module).get("forward")
+        if found is now:
+            standing.append((module, before))
+        elif found is not before and not isinstance(found, Runner):
+            # Another runner took this one's place and stays; anything else may call it.
+            raise StackError(
+                f"{type(module).__name__}.forward was replaced after a plan was applied",
+                hint="Undo in the reverse order of applying.",
+            )
+    for module, before in standing:
+        _set(module, before)
+    del model.__dict__[_NOTE]
+
+
+def bare(model: nn.Module) -> None:
+    """Take out plans, and runners that were put in by hand; those that make up the model's
+    function stay, and so do patches that were put in by hand."""
+    for module, _ in list(_notes(model)):
+        take_out(module)
+    stack = stack_of(model)
+    while (top := [e for e in stack.executors if e is not None]) and not top[0].always:
+        stack.restore()
+
+
+def strip(model: nn.Module) -> None:
+    """Take out every runner: the blocks run as their modules say."""
+    bare(model)
+    stack = stack_of(model)
+    while any(e is not None for e in stack.executors):
+        stack.restore()
+
+
+def _notes(model: nn.Module) -> Iterator[tuple[nn.Module, InPlace]]:
+    """Of the model, and of what it wraps."""
+    for module in model.modules():
+        if (note := note_of(module)) is not None:
+            yield module, note
+
+
+def _forwards(model: nn.Module) -> dict[nn.Module, Any]:
+    return {module: vars(module).get("forward") for module in model.modules()}
+
+
+def _set(module: nn.Module, forward: Any) -> None:
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = forward
