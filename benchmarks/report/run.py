@@ -97,22 +97,29 @@ def made_up(directory: Path, updates: int, seed: int) -> Path:
             for event in events(step, updates, draw, seed):
                 file.write(json.dumps(event) + "\n")
     peak = 2048 * MIB
+    held = {
+        "weights": 480 * MIB,
+        "optimizer": 960 * MIB,
+        "saved": 440 * MIB,
+        "transient": 168 * MIB,
+    }
     plan = {
         "format": 1, "model": "GPT", "blocks": BLOCKS, "budget_bytes": 2200 * MIB,
-        "peak_bytes": peak, "instant": "loss backward", "step_seconds": 0.25, "by_category": {},
+        "peak_bytes": peak, "instant": "loss backward", "step_seconds": 0.25, "by_category": held,
         "spans": [{"start": block, "stop": block + 1, "method": ("keep", "recompute")[block % 2],
                    "config": {}} for block in range(BLOCKS)],
         "patches": [], "rows": [],
     }  # fmt: skip
-    held = {"measured": instants(draw), "predicted": instants(draw)}
+    memory = {"measured": instants(draw), "predicted": instants(draw)}
     receipt = {
         "status": "finished", "steps": updates, "seed": seed,
         "model": {"name": "GPT", "parameters": 124_000_000, "rule": "residual"},
-        "memory": {"budget_bytes": 2200 * MIB, "promised_bytes": peak, "measured_bytes": peak},
+        "memory": {"budget_bytes": 2200 * MIB, "promised_bytes": peak, "measured_bytes": peak,
+                   "promised_by_category": held, "measured_by_category": held},
         "seconds": {"promised_step": 0.25, "measured_step": 0.24, "total": 0.24 * updates},
         "quality": {"before": score(0, updates, seed), "after": score(updates, updates, seed)},
     }  # fmt: skip
-    for name, content in (("plan", plan), ("receipt", receipt), ("memory", held)):
+    for name, content in (("plan", plan), ("receipt", receipt), ("memory", memory)):
         (directory / f"{name}.json").write_text(json.dumps(content))
     (directory / "config.toml").write_text(f"[run]\nsteps = {updates}\nseed = {seed}\n")
     return directory
@@ -149,11 +156,11 @@ def instants(draw: random.Random) -> dict[str, Any]:
     """A step of 600 instants."""
     rise = [min(at, 600 - at) / 300 for at in range(600)]
     rows = {
-        "weights": [500 * MIB] * 600,
-        "optimizer": [1000 * MIB] * 600,
-        "gradients": [int(500 * MIB * max(0, at - 300) / 300) for at in range(600)],
-        "saved": [int(400 * MIB * share) for share in rise],
-        "transient": [int(draw.uniform(0, 140) * MIB) for _ in range(600)],
+        "weights": [480 * MIB] * 600,
+        "optimizer": [960 * MIB] * 600,
+        "gradients": [int(480 * MIB * max(0, at - 300) / 300) for at in range(600)],
+        "saved": [int(440 * MIB * share) for share in rise],
+        "transient": [int(draw.uniform(0, 120) * MIB) for _ in range(600)],
     }
     phases = [["forward", 0], ["loss", 290], ["loss backward", 300], ["backward", 320],
               ["optimizer step", 590]]  # fmt: skip

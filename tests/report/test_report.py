@@ -60,7 +60,7 @@ def test_page_holds_everything_in_order(run):
         "mine", "finished", "23.0 MiB", "promised 24.0 MiB (+4.3 %)", "190 ms",
         "promised 200 ms (+5.3 %)", "77 % of the budget of 30.0 MiB", "bits a byte (-37.5 %)",
         "Measured: 23.0 MiB, in the loss backward", "Predicted: 23.0 MiB", "budget 30.0 MiB",
-        "recompute blocks 0-2", "segments = 1", "chunked_loss", "keep everything", "too much",
+        "recompute 3 blocks: 0-2", "segments = 1", "chunked_loss", "keep everything", "too much",
         "def main(", "argv):", "betas 0.9, 0.95", "2.13.0", "a processor",
     ):  # fmt: skip
         assert words in found.text, words
@@ -202,7 +202,7 @@ def test_a_budget_far_above_is_named_and_not_drawn(run):
     rich = receipt()
     rich["memory"]["budget_bytes"] = 9000 * MIB
     found = read(run(receipt_json=json.dumps(rich)))
-    assert "The budget of 8.8 GiB lies far above this picture." in found.text
+    assert "The budget of 8.79 GiB lies far above this picture." in found.text
     assert "level" not in [a.get("class") for _, a in found.elements]
 
 

@@ -15,6 +15,7 @@ from .curves import Range, short, ticks
 from .markup import Html, join, tag
 
 WIDTH, HEIGHT = 1000, 400
+_MANY = 40  # more dots than this are drawn smaller
 _PHASE_WIDTH = 30  # ems of small type in the narrowest chart beside another
 
 
@@ -108,7 +109,7 @@ def _draw(series: Series, axes: Axes) -> Html:
     if series.style == "dots":
         # A line of no length with round ends is a dot that stretching does not turn oval.
         dots = "".join(f"M{x} {y}h0" for x, y in points if y)
-        return tag("path", d=dots, cls="dots", style=stroke)
+        return tag("path", d=dots, cls="dots many" if len(points) > _MANY else "dots", style=stroke)
     if series.style in ("band", "area"):
         lower = [(x, _y(axes, y)) for (x, _), y in zip(points, series.low, strict=True)]
         return tag("path", d=_between(points, lower), cls=series.style, style=fill)

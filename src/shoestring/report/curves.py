@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 STRETCHES = 600
-"""Most stretches a curve is drawn in; with lowest, highest and mean, 1,800 points."""
+"""Most stretches a curve is drawn in; with lowest, highest and median, 1,800 points."""
 _RAW = 100  # up to so many points a curve is drawn as it is
 
 
@@ -17,7 +17,7 @@ class Curve:
     x: list[float]
     low: list[float]
     high: list[float]
-    mean: list[float]
+    median: list[float]
     every: int
 
     def __len__(self) -> int:
@@ -25,33 +25,39 @@ class Curve:
 
     @property
     def smooth(self) -> list[float]:
-        """An exponential mean over two hundredths of the curve; short curves stay as they are."""
+        """The medians, smoothed over a hundredth of the curve; a short curve stays as it is."""
         if len(self.x) <= _RAW:
-            return self.mean
-        return smoothed(self.mean, 2 / (1 + 0.02 * len(self.x)))
+            return self.median
+        return smoothed(self.median, 2 / (1 + max(6.0, 0.01 * len(self.x))))
 
 
 def stretched(x: Sequence[float], y: Sequence[float], stretches: int = STRETCHES) -> Curve:
-    """Lowest, highest and mean of y in at most so many stretches of neighbours."""
+    """Lowest, highest and median of y in at most so many stretches of neighbours."""
     every = max(1, -(-len(x) // stretches))
     curve = Curve([], [], [], [], every)
     for start in range(0, len(x), every):
-        part = [value for value in y[start : start + every] if math.isfinite(value)]
+        part = sorted(value for value in y[start : start + every] if math.isfinite(value))
         curve.x.append(x[start])
-        curve.low.append(min(part, default=math.nan))
-        curve.high.append(max(part, default=math.nan))
-        # Halved first, because a sum of large numbers may leave the range of floats.
-        curve.mean.append(sum(value / len(part) for value in part) if part else math.nan)
+        curve.low.append(part[0] if part else math.nan)
+        curve.high.append(part[-1] if part else math.nan)
+        curve.median.append(part[len(part) // 2] if part else math.nan)
     return curve
 
 
-def smoothed(values: Iterable[float], share: float) -> list[float]:
-    """The exponential mean, unbiased at its beginning; NaN stays NaN and is left out of it."""
+def smoothed(values: Sequence[float], share: float) -> list[float]:
+    """Exponential means from the left and from the right, averaged, so that nothing is shifted;
+    NaN stays NaN and is left out of them."""
+    right = _exponential(values, share)
+    left = _exponential(values[::-1], share)[::-1]
+    return [a / 2 + b / 2 for a, b in zip(right, left, strict=True)]
+
+
+def _exponential(values: Iterable[float], share: float) -> list[float]:
     out, total, weight = [], 0.0, 0.0
     for value in values:
         if math.isfinite(value):
             total += share * (value - total)
-            weight += share * (1 - weight)
+            weight += share * (1 - weight)  # what `total` would be if all values were 1
             out.append(total / weight)
         else:
             out.append(math.nan)

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..units import format_bytes
-from .charts import Axes, Level, Series, area_chart, legend
+from .charts import Axes, Level, Series, area_chart, legend, swatch
 from .curves import Range, spanning
 from .markup import Html, join, tag
 from .progress import Drawn
-from .receipts import category_colour, stacking
+from .receipts import category_colour, size, stacking
 from .run import dig, items, mapping, number
 from .summary import summary_of
 
@@ -106,50 +105,50 @@ def _pair(each: Drawn, measured: Step | None, predicted: Step | None, names: Seq
     top = max(step.peak_bytes for step in (measured, predicted) if step is not None)
     levels = []
     if budget is not None and top > 0 and budget <= FAR * top:
-        levels.append(Level(f"budget {format_bytes(budget)}", "--budget", budget))
+        levels.append(Level(f"budget {size(budget)}", "--budget", budget))
         top = max(top, budget)
-    y, unit, size = _scale(top)
-    levels = [replace(level, y=level.y / size) for level in levels]
+    y, unit, scale = _scale(top)
+    levels = [replace(level, y=level.y / scale) for level in levels]
     charts = [
-        _chart(what, step, names, y, unit, size, levels)
+        _chart(what, step, names, y, unit, scale, levels)
         for what, step in (("Measured", measured), ("Predicted", predicted))
         if step is not None
     ]
     said = []
     if budget is not None and not levels:
-        said.append(f"The budget of {format_bytes(budget)} lies far above this picture.")
+        said.append(f"The budget of {size(budget)} lies far above this picture.")
     if measured is None:
         said.append("This step was not measured.")
     if predicted is None:
         said.append("There is no prediction of its instants.")
     elif promised is not None and promised > 1.005 * predicted.peak_bytes:
         said.append(
-            f"The promise of {format_bytes(promised)} also covers the first update, which makes "
+            f"The promise of {size(promised)} also covers the first update, which makes "
             "the optimizer's states."
         )
-    head = Html() if each.alone else tag("h3", each.name)
+    head = Html() if each.alone else tag("h3", swatch(each.colour), each.name)
     note = tag("p", " ".join(said), cls="note") if said else Html()
     return join(head, tag("div", *charts, cls="pair" if len(charts) == 2 else "single"), note)
 
 
 def _scale(top: float) -> tuple[Range, str, int]:
     """The axis of all pictures, its unit, and the unit's bytes."""
-    size, unit = next((pair for pair in UNITS if top >= pair[0]), UNITS[-1])
-    return spanning([0.0, top / size * 1.06], from_zero=True), unit, size
+    scale, unit = next((pair for pair in UNITS if top >= pair[0]), UNITS[-1])
+    return spanning([0.0, top / scale * 1.06], from_zero=True), unit, scale
 
 
 def _chart(
-    what: str, step: Step, names: Sequence[str], y: Range, unit: str, size: int,
+    what: str, step: Step, names: Sequence[str], y: Range, unit: str, scale: int,
     levels: Sequence[Level],
 ) -> Html:  # fmt: skip
     series = [
-        Series(name, category_colour(name), step.at, [value / size for value in step.held[name]])
+        Series(name, category_colour(name), step.at, [value / scale for value in step.held[name]])
         for name in names
         if name in step.held
     ]
     phase = f", in the {step.peak_phase}" if step.peak_phase else ""
     axes = Axes(
-        title=f"{what}: {format_bytes(step.peak_bytes)}{phase}",
+        title=f"{what}: {size(step.peak_bytes)}{phase}",
         x=Range(step.at[0], step.at[-1]),
         y=y,
         x_name="allocations in one update",

@@ -1,17 +1,16 @@
 """The plan as a strip of blocks coloured by method, its patches, and what else there was."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..units import format_bytes
 from .charts import percent, swatch
 from .markup import Html, join, tag
-from .receipts import DASH, duration, shown
+from .receipts import DASH, duration, shown, size
 from .run import RunRecord, dig, items, mapping, number, text
 
 COLOURS = tuple(f"--s{index}" for index in range(8))
-WITHOUT = "nothing"
-"""Blocks that no span names run as they are."""
+_Span = tuple[str, int, int, Mapping[str, Any]]
+_RANGES = 12  # most ranges of blocks that are listed for one method
 _CELLS = 400  # more blocks than this are drawn as whole spans
 
 
@@ -30,7 +29,7 @@ def plan(run: RunRecord, colours: Mapping[str, str]) -> Html:
     return join(_strip(run, colours), _patches(run.plan), _alternatives(run.plan))
 
 
-def _spans(plan: Mapping[str, Any]) -> Iterator[tuple[str, int, int, Mapping[str, Any]]]:
+def _spans(plan: Mapping[str, Any]) -> Iterator[_Span]:
     """(method, start, stop, config) of every span that can be read."""
     for span in items(plan, "spans"):
         start, stop = number(span, "start"), number(span, "stop")
@@ -46,11 +45,7 @@ def _strip(run: RunRecord, colours: Mapping[str, str]) -> Html:
     if end <= 0:
         return tag("p", "The plan names no blocks.", cls="nothing")
     cells = [_cell(name, start, stop, end, config, colours) for name, start, stop, config in spans]
-    words = [
-        tag("li", swatch(colours[name]), tag("b", name), " ", blocks_of(start, stop),
-            tag("span", settings(config)))
-        for name, start, stop, config in spans
-    ]  # fmt: skip
+    words = [_used(name, config, ranges, colours) for (name, config), ranges in _uses(spans)]
     ends = tag("div", tag("span", "first block"), tag("span", "last block"), cls="strip-ends")
     return join(
         tag("div", *cells, cls="strip", role="img", aria_label="method of every block"),
@@ -59,20 +54,50 @@ def _strip(run: RunRecord, colours: Mapping[str, str]) -> Html:
     )
 
 
+def _uses(spans: Sequence[_Span]) -> Iterable[tuple[tuple[str, str], list[tuple[int, int]]]]:
+    """Every method with its settings, and the ranges of blocks it is used for."""
+    uses: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for name, start, stop, config in spans:
+        ranges = uses.setdefault((name, settings(config)), [])
+        if ranges and ranges[-1][1] == start:
+            ranges[-1] = (ranges[-1][0], stop)
+        else:
+            ranges.append((start, stop))
+    return uses.items()
+
+
+def _used(
+    name: str, config: str, ranges: Sequence[tuple[int, int]], colours: Mapping[str, str]
+) -> Html:
+    blocks = sum(stop - start for start, stop in ranges)
+    where = ", ".join(numbers(*each) for each in ranges[:_RANGES])
+    if len(ranges) > _RANGES:
+        where += ", ..."
+    word = "block" if blocks == 1 else "blocks"
+    return tag(
+        "li", swatch(colours[name]), tag("b", name), f" {blocks:,} {word}: {where}", _aside(config)
+    )
+
+
 def _cell(
     name: str, start: int, stop: int, end: int, config: Mapping[str, Any],
     colours: Mapping[str, str],
 ) -> Html:  # fmt: skip
     blocks = [tag("i") for _ in range(start, stop)] if end <= _CELLS else [tag("i")]
-    style = f"left:{percent(start / end)};width:{percent((stop - start) / end)};"
+    # Half a pixel more, or rounding leaves a gap before the next one.
+    style = f"left:{percent(start / end)};width:calc({percent((stop - start) / end)} + 0.5px);"
     style += f"--method:var({colours[name]})"
-    title = f"{name}, {blocks_of(start, stop)} {settings(config)}".strip()
+    title = f"{name}, blocks {numbers(start, stop)} {settings(config)}".strip()
     return tag("div", *blocks, title=title, style=style)
 
 
-def blocks_of(start: int, stop: int) -> str:
-    """0, 4 -> blocks 0-3."""
-    return f"block {start}" if stop - start == 1 else f"blocks {start}-{stop - 1}"
+def numbers(start: int, stop: int) -> str:
+    """0, 4 -> 0-3."""
+    return str(start) if stop - start == 1 else f"{start}-{stop - 1}"
+
+
+def _aside(words: str) -> Html:
+    return tag("span", words) if words else Html()
 
 
 def settings(config: Mapping[str, Any]) -> str:
@@ -85,9 +110,7 @@ def _patches(plan: Mapping[str, Any]) -> Html:
     if not found:
         return tag("p", "Loss and modules run as they are.", cls="note")
     parts = [
-        tag(
-            "li", tag("b", str(dig(each, "method"))), tag("span", settings(mapping(each, "config")))
-        )
+        tag("li", tag("b", str(dig(each, "method"))), _aside(settings(mapping(each, "config"))))
         for each in found
     ]
     return join(tag("h3", "Beside the blocks"), tag("ul", *parts, cls="pills"))
@@ -120,7 +143,7 @@ def _alternative(row: Any, budget: float | None, most: float, *, is_mine: bool) 
     return tag(
         "tr",
         tag("th", text(row, "name") or DASH, tag("div", fill, tick, cls="bar")),
-        tag("td", format_bytes(peak)),
+        tag("td", size(peak)),
         tag("td", shown(number(row, "seconds"), duration)),
         tag("td", text(row, "instant") or DASH, cls="wide"),
         tag("td", "fits" if fits else "too much", cls="fits" if fits else "over"),

@@ -102,13 +102,13 @@ def _loss_chart(drawn: Sequence[Drawn], loss: dict[int, Curve], x: Range, y: Ran
 
 
 def _lines(name: str, colour: str, curve: Curve) -> list[Series]:
-    """The mean of a curve in front of all it goes through."""
+    """The middle of a curve in front of all it goes through."""
     if curve.every > 1:
         behind = Series(name, colour, curve.x, curve.high, "band", curve.low, told=False)
-    elif curve.smooth is not curve.mean:
-        behind = Series(name, colour, curve.x, curve.mean, "faint", told=False)
+    elif curve.smooth is not curve.median:
+        behind = Series(name, colour, curve.x, curve.median, "faint", told=False)
     else:
-        return [Series(name, colour, curve.x, curve.mean)]
+        return [Series(name, colour, curve.x, curve.median)]
     return [behind, Series(name, colour, curve.x, curve.smooth)]
 
 
@@ -134,7 +134,7 @@ def _small_chart(stepped: Sequence[Drawn], x: Range, column: str, title: str, un
     values: list[float] = []
     for each in stepped:
         curve = stretched(each.run.steps.step, each.run.steps[column], STRETCHES // 3)
-        if any(map(math.isfinite, curve.mean)):
+        if any(map(math.isfinite, curve.median)):
             colour = TRAINING if each.alone else each.colour
             series.append(Series(each.called(title.lower()), colour, curve.x, curve.smooth))
             values += without_outliers(curve.smooth)
@@ -166,19 +166,24 @@ def _incident(incident: Mapping[str, Any]) -> str:
 
 
 def _how_drawn(stepped: Sequence[Drawn], loss: dict[int, Curve], y: Range) -> Html:
-    """What a reader must know about how much of the curve is on the page."""
-    said = []
+    """What a reader must know about how much of the curves is on the page."""
+    said: dict[str, list[str]] = {}
     for each in stepped:
         curve, whole = loss[id(each)], len(each.run.steps)
-        name = "" if each.alone else f"{each.name}: "
         if curve.every > 1:
-            said.append(
-                f"{name}{whole:,} updates are drawn as {len(curve):,} stretches of "
-                f"{curve.every:,}: the band is the lowest and highest loss of each, the line the "
-                "smoothed mean."
+            words = (
+                f"{whole:,} updates are drawn as {len(curve):,} stretches of {curve.every:,}: the "
+                "band reaches from the lowest to the highest loss of each, the line is their "
+                "smoothed median."
             )
-        elif curve.smooth is not curve.mean:
-            said.append(f"{name}the thin line is every update, the thick one is smoothed.")
+        elif curve.smooth is not curve.median:
+            words = "The thin line is every update, the thick one is smoothed."
+        else:
+            words = "Every update is drawn."
+        said.setdefault(words, []).append(each.name)
+    lines = [
+        words if len(said) == 1 else f"{', '.join(names)}: {words}" for words, names in said.items()
+    ]
     if beyond := sum(value > y.high for curve in loss.values() for value in curve.high):
-        said.append(f"{beyond:,} points lie above the axis and are drawn at its top.")
-    return tag("p", " ".join(each[0].upper() + each[1:] for each in said), cls="note")
+        lines.append(f"{beyond:,} points lie above the axis and are drawn at its top.")
+    return tag("p", " ".join(lines), cls="note")

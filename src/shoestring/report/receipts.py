@@ -84,11 +84,9 @@ def _peak_tile(summary: Summary) -> Html:
             promised = tag("i", cls="tick", style=f"left:{percent(peak.promised / budget)}")
         share = peak.measured / budget
         fill = tag("b", style=f"width:{percent(share)}", cls="over" if share > 1 else None)
-        used = f"{100 * share:.0f} % of the budget of {format_bytes(budget)}"
+        used = f"{100 * share:.0f} % of the budget of {size(budget)}"
         bar = join(tag("div", fill, promised, cls="bar"), tag("p", used))
-    return _tile(
-        "Peak memory", shown(peak.measured, format_bytes), _promise(peak, format_bytes), bar
-    )
+    return _tile("Peak memory", shown(peak.measured, size), _promise(peak, size), bar)
 
 
 def _step_tile(summary: Summary) -> Html:
@@ -161,7 +159,7 @@ def at_the_peak(summaries: Sequence[tuple[str, Summary]]) -> Html:
 
 def _category_bar(name: str, found: Mapping[str, float], names: Sequence[str], most: float) -> Html:
     parts = [
-        tag("b", title=f"{n}: {format_bytes(found[n])}",
+        tag("b", title=f"{n}: {size(found[n])}",
             style=f"width:{percent(found[n] / most)};background:var({category_colour(n)})")
         for n in names
         if found.get(n, 0) > 0
@@ -183,8 +181,8 @@ def side_by_side(runs: Sequence[RunRecord], names: Sequence[Html]) -> Html:
     body = [
         _row("status", [badge(s) for s in summaries]),
         _row("updates", [f"{s.updates:,}" for s in summaries]),
-        _row("budget", [shown(s.budget_bytes, format_bytes) for s in summaries]),
-        *_pair_rows("peak", [s.peak for s in summaries], format_bytes),
+        _row("budget", [shown(s.budget_bytes, size) for s in summaries]),
+        *_pair_rows("peak", [s.peak for s in summaries], size),
         *_pair_rows("one update", [s.step_s for s in summaries], duration),
         _row("in all", [shown(s.total_s, format_seconds) for s in summaries]),
         *_quality_rows(summaries),
@@ -229,6 +227,11 @@ def shown(value: float | None, form: Callable[[float], Any]) -> str:
     return DASH if value is None else str(form(value))
 
 
+def size(nbytes: float) -> str:
+    """Bytes as elsewhere, but gigabytes to two digits: a peak is held against its budget."""
+    return f"{nbytes / 2**30:,.2f} GiB" if 2**30 <= nbytes < 2**40 else format_bytes(nbytes)
+
+
 def duration(seconds: float) -> str:
     """Seconds to three digits: a step is held against its promise to a percent."""
     if seconds >= 60:
@@ -243,7 +246,7 @@ def signed(share: float) -> str:
 
 def count(value: float) -> str:
     """2132096 -> 2.13 M."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {unit}"
+    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {unit}"
     return f"{value:.0f}"
