@@ -76,13 +76,25 @@ def test_a_system_that_tells_nothing_is_an_error(tmp_path):
         cpu_free_bytes(tmp_path)
 
 
-def test_auto_counts_what_the_model_holds_and_leaves_the_margin(monkeypatch):
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"):
-        monkeypatch.delenv(name, raising=False)
+@pytest.mark.parametrize(("tuned", "margin"), [(True, 0.08), (False, 0.40)])
+def test_auto_counts_what_the_model_holds_and_leaves_the_margin(monkeypatch, tuned, margin):
+    monkeypatch.setattr("shoestring.planner.budget.is_tuned", lambda: tuned)
     monkeypatch.setattr("shoestring.planner.budget.cpu_free_bytes", lambda: 10_000_000)
-    assert automatic(400_000, CPU) == int(10_400_000 / (1 + CPU_MARGIN_DEFAULT))
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
-    assert automatic(400_000, CPU) == int(10_400_000 / (1 + CPU_MARGIN_TUNED))
+    assert {True: CPU_MARGIN_TUNED, False: CPU_MARGIN_DEFAULT}[tuned] == margin
+    assert automatic(400_000, CPU) == int(10_400_000 / (1 + margin))
+
+
+def test_the_margin_goes_by_how_the_process_was_started(monkeypatch):
+    """The C library has read its settings long before anything is planned."""
+    monkeypatch.setattr("shoestring.planner.budget.cpu_free_bytes", lambda: 10_000_000)
+    found = []
+    for settings in ({}, {"MALLOC_MMAP_THRESHOLD_": "131072"}):
+        for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        found.append(automatic(0, CPU))
+    assert found[0] == found[1]
 
 
 def test_resident_bytes_count_a_shared_weight_once():

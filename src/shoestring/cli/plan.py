@@ -31,8 +31,8 @@ class Arguments(Common):
     data: str = ""
     """What it will be trained on (as data.source in a run), for the time to finish."""
     budget: str | None = None
-    """Peak bytes, such as 6GiB, or auto = what is free less a measured margin. Without it: auto,
-    or what the RUN.toml says."""
+    """Peak bytes, such as 6GiB, or auto = what is free less a margin (measured on CPU, assumed on
+    CUDA). Without it: auto, or what the RUN.toml says."""
     batch_size: int = 1
     """Rows a step."""
     sequence_length: int = 512

@@ -6,9 +6,9 @@ margin of `auto`:
 CPU: what the C allocator adds to live tensors. With the mmap threshold set (as the command line
 starts Python) the resident set peaks a few percent above them: 8 %. Without it glibc keeps freed
 blocks and the resident set peaks up to 38 % above: 40 %. Free is the smaller of MemAvailable and
-what every enclosing cgroup (v2 or v1) leaves.
+what every enclosing cgroup (v2 or v1) leaves. Both margins are measured.
 CUDA: what is free once the context and the matrix library's workspaces exist (measured by
-touching them first), plus what torch holds unused; 5 % for fragmentation.
+touching them first), plus what torch holds unused; 5 % for fragmentation, which is assumed.
 """
 
 import os
@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..allocator import is_tuned
 from ..errors import ConfigError
 from ..units import EXPECTED_BYTES, parse_bytes
 
 CPU_MARGIN_TUNED = 0.08
 CPU_MARGIN_DEFAULT = 0.40
-CUDA_MARGIN = 0.05
-_ALLOCATOR_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+CUDA_MARGIN = 0.05  # assumed, not measured
 
 
 def budget_bytes(budget: int | str, model: nn.Module | None, device: torch.device) -> int:
@@ -44,8 +44,7 @@ def automatic(resident: int, device: torch.device) -> int:
     margin of the device."""
     if device.type == "cuda":
         return int((cuda_free_bytes(device) + resident) * (1 - CUDA_MARGIN))
-    tuned = any(name in os.environ for name in _ALLOCATOR_SETTINGS)
-    margin = CPU_MARGIN_TUNED if tuned else CPU_MARGIN_DEFAULT
+    margin = CPU_MARGIN_TUNED if is_tuned() else CPU_MARGIN_DEFAULT
     return int((cpu_free_bytes() + resident) / (1 + margin))
 
 
