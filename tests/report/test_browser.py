@@ -128,8 +128,8 @@ def test_a_pointer_is_told_the_values(browser, run):
     told = browser.evaluate(f"{area}.querySelector('.tip').innerText")
     lines = told.split("\n")
     assert lines[:2] == ["loss backward", "4"]
-    assert dict(zip(lines[::2], lines[1::2], strict=True))["saved"] == "9 MiB"
-    assert lines[-2:] == ["in all", "23 MiB"]
+    assert dict(zip(lines[::2], lines[1::2], strict=True))["saved"] == "9.00 MiB"
+    assert lines[-2:] == ["in all", "23.00 MiB"]
     browser.point_at(5, 5)
     assert browser.evaluate(f"{area}.querySelector('.tip').hidden")
 

@@ -32,8 +32,8 @@ def test_report_of_no_run_fails_with_a_message(tmp_path, capsys):
     assert command.main(["report"]) == 2
 
 
-def test_the_wheel_holds_style_and_script():
-    """Data of the package, found as an installed package would find it, without torch."""
+def test_style_and_script_are_data_of_the_package():
+    """Found as an installed package finds them, and without torch."""
     code = (
         "import sys\nfrom importlib.resources import files\n"
         "from shoestring.report import page\n"

@@ -21,10 +21,10 @@ for (const area of document.querySelectorAll("[data-points]")) {
       const xs = told.xs[row.x], index = nearest(xs, wanted), value = row.y[index];
       const away = Math.abs(xs[index] - wanted) / (told.high - told.low) * box.width;
       if (value === null || (row.sparse && away > 14)) continue;
-      line(tip, row, value, told.unit);
+      line(tip, row, value, told);
       sum += value;
     }
-    if (told.phases.length) line(tip, { name: "in all" }, sum, told.unit);
+    if (told.phases.length) line(tip, { name: "in all" }, sum, told);
     cursor.hidden = tip.hidden = false;
     const x = (at - told.low) / (told.high - told.low) * box.width;
     cursor.style.left = `${x}px`;
@@ -42,14 +42,16 @@ function element(parent, name, kind) {
   return parent.appendChild(made);
 }
 
-function line(tip, row, value, unit) {
+function line(tip, row, value, told) {
   const made = element(tip, "div");
   const name = element(made, "span");
   if (row.colour) element(name, "i", "swatch").style.background = `var(${row.colour})`;
   name.append(row.name);
-  const digits = Math.abs(value) >= 100 ? 1 : 4;
-  const text = value.toLocaleString("en", { maximumSignificantDigits: digits === 1 ? 6 : 4 });
-  element(made, "b").textContent = unit.length > 0 && unit.length < 4 ? `${text} ${unit}` : text;
+  const isStacked = told.phases.length > 0;
+  const digits = isStacked
+    ? { minimumFractionDigits: 2, maximumFractionDigits: 2 } : { maximumSignificantDigits: 5 };
+  const text = value.toLocaleString("en", digits);
+  element(made, "b").textContent = isStacked ? `${text} ${told.unit}` : text;
 }
 
 function phase(told, at) {
