@@ -24,17 +24,15 @@ from ..meter import Tracker
 from ..stack import BlockCall, Executor, Runner, Stack, hidden_of, with_hidden
 from .chain import BlockCost, Chain, Option
 from .fake import (
-    Batch,
-    Loss,
     OptimizerFactory,
     Profile,
     _autocast,
     _fused_adamw,
-    _own_loss,
     fake_batch,
     fake_model,
     simulate,
 )
+from .given import Batch, Loss, explained, loss_of
 from .quick import QuickFakeMode
 from .ways import Offer, Way, apply_ways, stack_of
 
@@ -64,7 +62,7 @@ class Step:
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss, as the step computes it."""
         with _autocast(model, self.autocast):
-            return (self.loss or _own_loss)(model, batch)
+            return loss_of(model, batch, self.loss)
 
 
 class _Source(torch.autograd.Function):
@@ -240,7 +238,7 @@ class Twin:
 
     def _capture(self) -> None:
         note = _Capture()
-        with self._running(note), torch.enable_grad():
+        with self._running(note), torch.enable_grad(), explained(type(self.model).__name__):
             self.step.forward(self.model, self.batch)
         missing = set(range(len(self.stack))) - set(note.calls)
         if missing:

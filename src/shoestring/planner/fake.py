@@ -5,8 +5,7 @@ Tracker that counts real ones, so that prediction and measurement speak of the s
 """
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,21 +13,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from ..errors import ConfigError
 from ..meter import Tracker
 from .fidelity import known_positions, without_trivial_masks
+from .given import Batch, Loss, copied, explained, loss_of, tensors_of
 from .quick import QuickFakeMode
 
-Batch = Mapping[str, Any]
-Loss = Callable[[nn.Module, Batch], Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 
 
@@ -100,11 +94,11 @@ def simulate(
         tracker.seed(twin, chosen)
         tracker.assign("other", _tensors(fake))
         first_only = (0, 0)
-        with tracker, _explained(twin):
+        with tracker, explained(type(twin).__name__):
             for number in range(steps):
                 for _ in range(accumulate):
                     with _autocast(twin, autocast):
-                        value = (loss or _own_loss)(twin, fake)
+                        value = loss_of(twin, fake, loss)
                     (value / accumulate if accumulate > 1 else value).backward()
                     del value
                 if grad_clip is not None:
@@ -143,8 +137,7 @@ def fake_model(model_or_config: Any, mode: FakeTensorMode) -> nn.Module:
     """A twin whose tensors are fake: of a model, or built from a config or a callable."""
     if isinstance(model_or_config, nn.Module):
         return _fake_copy(model_or_config, mode)
-    if isinstance(model_or_config, str | Path):
-        model_or_config = _read_config(Path(model_or_config))
+    model_or_config = config_of(model_or_config)
     with mode:
         if hasattr(model_or_config, "model_type"):
             return _build(model_or_config)
@@ -167,71 +160,58 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     # deepcopy of a real model fails under the mode, so the memo holds the fakes beforehand;
     # ties survive because the memo is keyed by the tensor.
     memo: dict[int, Any] = {}
-    for tensor in _model_tensors(model):
+    for tensor in tensors_of(model):
         memo[id(tensor)] = mode.from_tensor(tensor)
     with mode:
-        twin = copy.deepcopy(model, memo)
+        twin = copied(model, memo)
     for parameter in twin.parameters():
         parameter.grad = None
     return twin
 
 
-def _model_tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor):
-                yield value
-
-
-def _read_config(path: Path) -> Any:
+def config_of(given: Any) -> Any:
+    """The Hugging Face config where its path was given; all else as it is."""
+    if not isinstance(given, str | Path):
+        return given
     from transformers import AutoConfig
 
+    path = Path(given)
     if not path.exists():
         raise ConfigError(f"no config at {path}", expected="a config.json or its directory")
     return AutoConfig.from_pretrained(path)
 
 
-def _build(config: Any) -> nn.Module:
+def class_of(config: Any) -> type[nn.Module]:
     """The model class a config names, or the causal language model of its type."""
     import transformers
 
-    dtype = getattr(config, "dtype", None) or torch.float32
     named = (getattr(config, "architectures", None) or [None])[0]
     kind = getattr(transformers, named, None) if named else None
+    kind = kind or transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None:
+        raise ConfigError(
+            f"{type(config).__name__} names no model class that is known ({named})",
+            expected="architectures with a class of transformers, or the config of a causal "
+            "language model",
+        )
+    return kind
+
+
+def _build(config: Any) -> nn.Module:
+    kind = class_of(config)
+    dtype = getattr(config, "dtype", None) or torch.float32
     before = torch.get_default_dtype()
     # A fake model cannot be cast after it was made, so it is made in its dtype.
     torch.set_default_dtype(dtype)
     try:
-        if kind is not None:
+        with explained(kind.__name__):
             return kind(config)
-        return transformers.AutoModelForCausalLM.from_config(config)
     finally:
         torch.set_default_dtype(before)
 
 
-@contextlib.contextmanager
-def _explained(model: nn.Module) -> Iterator[None]:
-    """Says what to do about a model that branches on values, which fake tensors do not have."""
-    try:
-        yield
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ConfigError(
-            f"{type(model).__name__} decides by the values of its tensors ({error.func}), so its "
-            "memory cannot be predicted without running it",
-            expected="shapes that follow from the shapes of the batch",
-            hint="For a mixture of experts, load it with experts_implementation='grouped_mm'",
-        ) from error
-
-
 def _fused_adamw(parameters: list[nn.Parameter]) -> Optimizer:
     return torch.optim.AdamW(parameters, fused=True)
-
-
-def _own_loss(model: nn.Module, batch: Batch) -> Tensor:
-    value: Tensor = model(**batch).loss
-    return value
 
 
 def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -14,6 +14,8 @@ from .budget import budget_bytes
 from .changes import out_of_budget
 from .choose import Choice, Planner
 from .cost import Step
+from .fake import class_of, config_of
+from .given import refuse_other_kinds
 from .plans import Plan, Row
 from .ways import Allow
 
@@ -157,4 +159,7 @@ def planner_for_config(
     mask = torch.ones_like(ids)
     mask[:, -1] = 0
     batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": mask}
+    config = config_of(config)
+    if settings.get("loss") is None:
+        refuse_other_kinds(class_of(config))
     return planner(config, batch, **settings)

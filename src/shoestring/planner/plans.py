@@ -12,6 +12,7 @@ import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import NoneType
 from typing import Any, Self
 
 import torch
@@ -181,20 +182,44 @@ class Plan:
                 f"a plan of format {found!r} cannot be read",
                 expected=f"format {FORMAT}", hint="Make the plan again with this version.",
             )  # fmt: skip
-        missing = [n for n in (*_FIELDS, "spans", "patches", "rows") if n not in value]
+        missing = [n for n in (*_FIELDS, *_PARTS) if n not in value]
         if missing:
             raise ConfigError(f"this plan lacks {missing}", expected="Plan.to_json()")
-        return cls(
-            **{name: value[name] for name in _FIELDS},
-            spans=tuple(Span(**s) for s in value["spans"]),
-            patches=tuple(Way(**w) for w in value["patches"]),
-            rows=tuple(Row(**r) for r in value["rows"]),
-            history=value.get("history"),
-        )
+        return cls(**{name: _read(name, value[name]) for name in (*_FIELDS, *_PARTS)},
+                   history=value.get("history"))  # fmt: skip
 
 
 _FIELDS = ("model", "blocks", "budget_bytes", "peak_bytes", "by_category", "instant",
            "step_seconds")  # fmt: skip
+_PARTS = {"spans": Span, "patches": Way, "rows": Row}
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("model", "instant", "method", "name"), str),
+    **dict.fromkeys(("blocks", "budget_bytes", "peak_bytes", "start", "stop"), int),
+    **dict.fromkeys(("by_category", "config"), dict),
+    **dict.fromkeys(("step_seconds", "seconds"), (int, float, NoneType)),
+}
+
+
+def _read(name: str, value: Any) -> Any:
+    """A field of a plan from JSON. ConfigError when it is not of its kind."""
+    try:
+        if name not in _PARTS:
+            return _checked(name, value)
+        if not isinstance(value, list):
+            raise TypeError(f"{value!r} is not a list")
+        parts = [{k: _checked(k, v) for k, v in dict(each).items()} for each in value]
+        return tuple(_PARTS[name](**each) for each in parts)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"this plan's {name} cannot be read: {error}", expected="Plan.to_json()",
+            hint="Make the plan again.",
+        ) from None  # fmt: skip
+
+
+def _checked(name: str, value: Any) -> Any:
+    if not isinstance(value, _KINDS.get(name, object)):
+        raise TypeError(f"{name} = {value!r}")
+    return value
 
 
 @dataclass(frozen=True, slots=True)

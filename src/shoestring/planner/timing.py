@@ -9,7 +9,6 @@ the smallest plan: one block, or the loss, at a time.
 The user's model is not touched: no gradient, buffer or random state of it changes.
 """
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from ..stack import BlockCall, Executor, Stack, hidden_of, with_hidden
 from .cost import Captured, Step, Twin, forward_of, sink, source
 from .fake import _autocast, _fused_adamw
+from .given import copied, tensors_of
 from .ways import Way, apply_ways
 
 RUNS = 3
@@ -48,11 +48,10 @@ def materialise(twin: Twin, real: Callable[[str], bool]) -> nn.Module:
     for name, buffer in twin.model.named_buffers(remove_duplicate=False):
         data = buffers[name].detach().clone() if name in buffers and real(name) else None
         memo[id(buffer)] = _like(buffer, data, real(name))
-    for module in twin.model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = _like(value, None, True)
-    return copy.deepcopy(twin.model, memo).train()
+    for value in tensors_of(twin.model):
+        if id(value) not in memo:
+            memo[id(value)] = _like(value, None, True)
+    return copied(twin.model, memo).train()
 
 
 def _like(fake: Tensor, data: Tensor | None, real: bool) -> Tensor:
