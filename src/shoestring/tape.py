@@ -13,7 +13,7 @@ random numbers (5,056 bytes on a CPU); nothing else.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,8 @@ class RandomState:
         # Under fake tensors the generators stand still; the state's bytes are counted all the same.
         state = torch.get_rng_state
         self.cpu = torch.empty(_cpu_state_bytes(), dtype=torch.uint8) if self.fake else state()
-        self.device = None if self.fake or x.device.type not in ("cuda", "xpu") else x.device
-        self.device_state: Tensor | None = None
-        if self.device is not None:
-            self.device_state = _module(self.device).get_rng_state(self.device)
+        self.device = None if self.fake else _generator_of(x.device)
+        self.device_state = None if self.device is None else self.device.read()
 
     def was_used(self) -> bool:
         """Whether random numbers were drawn since."""
@@ -52,7 +50,7 @@ class RandomState:
         if self.device is None:
             return False
         assert self.device_state is not None
-        return not torch.equal(self.device_state, _module(self.device).get_rng_state(self.device))
+        return not torch.equal(self.device_state, self.device.read())
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -64,14 +62,15 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         now_device = None
         if self.device is not None:
-            now_device = _module(self.device).get_rng_state(self.device)
-            _module(self.device).set_rng_state(self.device_state, self.device)
+            assert self.device_state is not None
+            now_device = self.device.read()
+            self.device.write(self.device_state)
         try:
             yield
         finally:
             torch.set_rng_state(now)
-            if self.device is not None:
-                _module(self.device).set_rng_state(now_device, self.device)
+            if self.device is not None and now_device is not None:
+                self.device.write(now_device)
 
 
 @functools.cache
@@ -79,21 +78,78 @@ def _cpu_state_bytes() -> int:
     return torch.default_generator.get_state().numel()
 
 
-def _module(device: torch.device) -> Any:
-    return getattr(torch, device.type)
+class _DeviceGenerator(NamedTuple):
+    """How a device's random state is read and set."""
+
+    read: Callable[[], Tensor]
+    write: Callable[[Tensor], None]
+
+
+@functools.cache
+def _generator_of(device: torch.device) -> _DeviceGenerator | None:
+    """None where numbers are drawn from the CPU's generator, or none are. StackError for a device
+    whose random state cannot be had: its dropout would be replayed with other masks."""
+    if device.type in ("cpu", "meta"):
+        return None
+    module = getattr(torch, device.type, None)
+    read, write = (getattr(module, f"{verb}_rng_state", None) for verb in ("get", "set"))
+    if read is None or write is None:
+        raise StackError(
+            f"the random state of device {device} cannot be read",
+            expected="a device with torch.<device>.get_rng_state, such as cuda, xpu or mps",
+            hint="Run its blocks with method 'keep'.",
+        )
+    if device.type == "mps":  # there is only one
+        return _DeviceGenerator(read, write)
+    return _DeviceGenerator(lambda: read(device), lambda state: write(state, device))
+
+
+class Modes:
+    """Which parts of a module are training: `model.eval()` between forward and backward must not
+    switch dropout off in what backward runs again."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self._parts = [(m, m.training) for m in module.modules()] if module is not None else []
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """As they were; outside they are left as they are now."""
+        changed = [(m, m.training) for m, training in self._parts if m.training != training]
+        for m, training in changed:
+            m.training = not training
+        try:
+            yield
+        finally:
+            for m, training in changed:
+                m.training = training
+
+
+@contextlib.contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalisation layers compute as they do, and their running statistics stay."""
+    norms = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
+    for norm in norms:
+        norm.track_running_stats = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True  # type: ignore[assignment]
 
 
 class Evaluation:
     """One evaluation of `fn(x)` in forward that can be repeated exactly.
 
     A repeat uses the very parameters that forward used, also when those stood there only for the
-    time of a `torch.func.functional_call`. Normalisation statistics move once: a repeat computes
-    with the batch's own statistics and moves copies of the running ones. A piece that changes any
-    other buffer of its own in forward cannot be repeated; that is a StackError at the first
-    forward, never a wrong gradient.
+    time of a `torch.func.functional_call`, and the modes (train or eval) that forward ran in.
+    Normalisation statistics move once: a repeat computes with the batch's own statistics and
+    moves copies of the running ones. A piece that changes any other buffer of its own in forward
+    cannot be repeated; that is a StackError at the first forward, never a wrong gradient.
     """
 
-    __slots__ = ("_buffers", "_norms", "_random", "_tensors", "fn")
+    __slots__ = ("_buffers", "_modes", "_norms", "_random", "_tensors", "fn")
 
     def __init__(self, fn: Callable[[Tensor], Any], module: nn.Module | None) -> None:
         self.fn = fn
@@ -102,6 +158,7 @@ class Evaluation:
         # Where each parameter and buffer was found, and which tensor it was.
         self._tensors: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         self._buffers: list[tuple[str, Tensor]] = []
+        self._modes = Modes(module)
         for path, part in module.named_modules() if module is not None else ():
             for place in (part._parameters, part._buffers):
                 self._tensors += [(place, k, t) for k, t in place.items() if t is not None]
@@ -141,6 +198,7 @@ class Evaluation:
         with contextlib.ExitStack() as stack:
             if self._random is not None:
                 stack.enter_context(self._random.restored())
+            stack.enter_context(self._modes.restored())
             for place, name, tensor in self._tensors:
                 now = place.get(name)
                 # Another tensor stands there when forward ran under functional_call. FSDP2's

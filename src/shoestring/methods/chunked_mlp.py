@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ConfigError, StackError
 from ..stack import Stack
-from ..tape import RandomState
+from ..tape import Modes, RandomState
 from .base import Method, Promises, Undo
 
 PROBE_ROWS = 13
@@ -70,6 +70,7 @@ class _Call:
         self.random: RandomState | None = None
         self.input: Tensor | None = None  # for the forward only
         self.autocast: dict[str, Any] = {}
+        self.modes = Modes(module)
 
     def evaluate(self, x_Nd: Tensor) -> Tensor:
         """The slices one after another, without gradients; remembers whether they drew."""
@@ -87,8 +88,9 @@ class _Call:
 
     @contextlib.contextmanager
     def replaying(self) -> Iterator[None]:
-        """Random numbers and autocast as they were in forward."""
+        """Random numbers, autocast and modes (train or eval) as they were in forward."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.modes.restored())
             if self.random is not None:
                 stack.enter_context(self.random.restored())
             stack.enter_context(torch.autocast(**self.autocast))
