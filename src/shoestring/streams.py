@@ -1,13 +1,5 @@
-"""The reversible engine: two residual streams that are walked up in forward and down in backward.
-
-Every rule is one two-step recurrence over streams x[0], x[1], ...
-
-    x[k+1] = A x[k-1] + B x[k] + C f_k(x[k])
-
-Feistel (arXiv 1707.04585) and midpoint: A = 1, B = 0; leapfrog: A = -1, B = 2 (arXiv
-2512.02056); random sign: A = s, B = 1 - s with s = +-1 drawn per sample; BDIA (arXiv 2407.09093):
-A = g, B = 1 - g, C = 1 + g with g = +-1/2 drawn per sample, whose halving is made exact by one
-kept bit per element. All coefficients act on integers, so the walk down is exact.
+"""The reversible engine: two residual streams that are walked up in forward and down in backward,
+by a rule of `rules.py`.
 
 Only the last pair of streams is kept. Backward reaches f_k through a replayed region whose input
 is read from the pair above it; the same evaluation gives the local gradient and, subtracted, the
@@ -20,138 +12,65 @@ n / 8 bytes per step more. Time: one more forward of every sub-block.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .errors import ConfigError, ReplayMismatch, StackError, StreamOverflow, TrainingDiverged
-from .ops.fixed_point import Grid, checksum, largest, pack_bits, unpack_bits
+from .errors import (
+    ConfigError,
+    ReplayMismatch,
+    ShoestringError,
+    StackError,
+    StreamOverflow,
+    TrainingDiverged,
+)
+from .ops.fixed_point import Grid, checksum, largest, pack_bits
+from .rules import RULES as RULES
+from .rules import Lattice, Rule, Step
 from .stack import hidden_of
 from .tape import Evaluation, replayed
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """A member of the two-step family. `draws`: its coefficients are random per sample and its
-    mean is the ordinary residual step, so it is served (and evaluated) as the plain network."""
+class Seam:
+    """Where the grid changed in the middle of a pass: the pair below, on the finer lattice, and
+    the lattice above."""
 
-    name: str
-    a: float
-    b: float
-    c: float
-    draws: bool = False
-    halves: bool = False
-
-    @property
-    def terms(self) -> int:
-        """Sum of the largest |coefficients| of the streams and of the update, rounded up."""
-        return 4 if self.draws or self.b else 2
-
-
-RULES = {
-    rule.name: rule
-    for rule in (
-        Rule("feistel", 1.0, 0.0, 1.0),
-        Rule("midpoint", 1.0, 0.0, 1.0),  # step h = 1/2: C = 2 h
-        Rule("leapfrog", -1.0, 2.0, 1.0),  # step h = 1: C = h^2
-        Rule("random_sign", 0.0, 1.0, 1.0, draws=True),
-        Rule("bdia", 0.0, 1.0, 1.0, draws=True, halves=True),
-    )
-}
-
-
-@dataclass(slots=True)
-class Step:
-    """One step of one forward: what the walk down needs besides the streams."""
-
-    evaluation: Evaluation
-    sign: Tensor | None = None  # +-1 per sample, (batch, 1, ...), for rules that draw
-    plain: bool = False  # x[k+1] = x[k] + f(x[k]): first step and eval mode of rules that draw
-    bits: Tensor | None = None  # packed side bits (BDIA)
-    output: Tensor | None = None  # f_k's output, where it is held to shorten the replay
-    sums: tuple[int, int] | None = None  # checksum of x[k-1] (verify)
-    shape: torch.Size = field(default_factory=torch.Size)
+    above: Lattice
+    lattice: Lattice
+    prev: Tensor
+    cur: Tensor
 
 
 class StreamTape:
-    """The streams of one forward pass."""
+    """The streams of one forward pass, and the walk down them."""
 
-    def __init__(self, rule: Rule, grid: Grid, *, verify: bool = False) -> None:
-        if verify and not grid.exact:
+    def __init__(self, lattice: Lattice, *, verify: bool = False) -> None:
+        if verify and not lattice.grid.exact:
             raise ConfigError(
-                f"verify needs integer streams, not {grid.streams}",
+                f"verify needs integer streams, not {lattice.grid.streams}",
                 hint="Float streams are not rebuilt exactly; use streams='int32'.",
             )
-        self.rule, self.grid, self.verify = rule, grid, verify
+        self.lattice, self.verify = lattice, verify
         self.steps: list[Step] = []
+        self.seams: dict[int, Seam] = {}  # by the step whose update did not fit
         self.sizes: list[Tensor] = []  # largest |value| of every update and stream, in order
         self.checked = False
-        # The pair that backward walks: (x[level-1], x[level]).
+        # The pair that backward walks: (x[level-1], x[level]), on `lattice`.
         self.pair: list[Tensor] = []
         self.level = -1
-        # Told the largest |value| of the pass once it is read (and in range).
-        self.measured: Callable[[float], None] | None = None
-
-    # One step, in integers (or floats, when asked for).
-
-    def advance(self, step: Step, prev: Tensor, cur: Tensor, u: Tensor) -> Tensor:
-        """x[k+1] from x[k-1], x[k] and u = f_k(x[k])."""
-        rule, grid = self.rule, self.grid
-        if step.plain:
-            return cur + grid.encode(u)
-        if not rule.draws:
-            update = grid.encode(u if rule.c == 1 else u * rule.c)
-            if rule.b:
-                update = update.add_(cur, alpha=int(rule.b))
-            return update.add_(prev, alpha=int(rule.a))
-        assert step.sign is not None
-        if not rule.halves:
-            return step.sign * prev + (1 - step.sign) * cur + grid.encode(u)
-        return step.sign * self._halved(step, prev) + self._rest(step, cur, u)
-
-    def retreat(self, step: Step, cur: Tensor, nxt: Tensor, u: Tensor) -> Tensor:
-        """x[k-1] from x[k], x[k+1] and u = f_k(x[k]). May overwrite x[k+1]."""
-        rule, grid = self.rule, self.grid
-        if step.plain:
-            # Only the first step is taken so while training, and it starts from x[-1] = x[0].
-            return cur
-        if not rule.draws:
-            nxt = nxt.sub_(grid.encode(u if rule.c == 1 else u * rule.c))
-            if rule.b:
-                nxt = nxt.sub_(cur, alpha=int(rule.b))
-            return nxt if rule.a == 1 else nxt.neg_()
-        assert step.sign is not None
-        if not rule.halves:
-            return step.sign * (nxt - (1 - step.sign) * cur - grid.encode(u))
-        half = step.sign * (nxt - self._rest(step, cur, u))
-        if not grid.exact:
-            return 2 * half
-        assert step.bits is not None
-        return 2 * half - unpack_bits(step.bits, step.shape, half.dtype)
-
-    def _halved(self, step: Step, prev: Tensor) -> Tensor:
-        """(x[k-1] + s) / 2 with the side bit s = x[k-1] mod 2."""
-        if not self.grid.exact:
-            return prev / 2
-        return (prev + (prev & 1)) >> 1
-
-    def _rest(self, step: Step, cur: Tensor, u: Tensor) -> Tensor:
-        """(1 - g) x[k] + (1 + g) u on the grid, g = sign / 2."""
-        assert step.sign is not None
-        update = self.grid.encode(u * (1 + 0.5 * step.sign.to(u.dtype)))
-        if not self.grid.exact:
-            return cur * (1 - 0.5 * step.sign) + update
-        # (1 - g) x is x/2 or x + x/2; halves round down, the same way up and down the walk.
-        return torch.where(step.sign > 0, cur >> 1, cur + (cur >> 1)) + update
+        # Told the largest |value| of the pass once it is read, and whether it was in range;
+        # returns the k of the next pass.
+        self.measured: Callable[[float, bool], int] | None = None
 
     # The walk in backward.
 
-    def seal(self, prev: Tensor, cur: Tensor) -> None:
+    def seal(self, lattice: Lattice, prev: Tensor, cur: Tensor) -> None:
         """Keep the pair above the last replayed step."""
-        self.pair = [prev, cur]
+        self.lattice, self.pair = lattice, [prev, cur]
         self.level = len(self.steps)
 
     def input_of(self, k: int, dtype: torch.dtype) -> Tensor:
@@ -160,13 +79,18 @@ class StreamTape:
         with torch.no_grad():
             while self.level > k + 1:
                 below = self.steps[self.level - 1]
-                self.step_down(self.level - 1, below.evaluation.again(self._read(0, dtype)))
+                x = self._input_below(dtype)
+                self.step_down(self.level - 1, below.evaluation.again(x))
             while self.level < k + 1:
                 self._step_up(dtype)
-            return self._read(0, dtype)
+            return self._input_below(dtype)
 
-    def _read(self, which: int, dtype: torch.dtype) -> Tensor:
-        return self.grid.decode(self.pair[which], dtype)
+    def _input_below(self, dtype: torch.dtype) -> Tensor:
+        """What the step below the pair read: the pair's lower stream, or its finer original."""
+        seam = self.seams.get(self.level - 1)
+        if seam is not None:
+            return seam.lattice.grid.decode(seam.cur, dtype)
+        return self.lattice.grid.decode(self.pair[0], dtype)
 
     def input_and_down(self, k: int, dtype: torch.dtype) -> Tensor:
         """`input_of` for a step whose output is held: the walk goes on without waiting for it."""
@@ -183,8 +107,11 @@ class StreamTape:
         with torch.no_grad():
             cur, nxt = self.pair
             self.pair = []
-            below = self.retreat(step, cur, nxt, hidden_of(output).detach())
+            below = self.lattice.retreat(step, cur, nxt, hidden_of(output).detach())
             self.pair = [below, cur]
+            if seam := self.seams.get(k):
+                # A walk down writes into its pair, and a second backward walks it once more.
+                self.lattice, self.pair = seam.lattice, [seam.prev.clone(), seam.cur.clone()]
         self.level = k
         if step.sums is not None and checksum(below) != step.sums:
             raise ReplayMismatch(
@@ -198,9 +125,12 @@ class StreamTape:
     def _step_up(self, dtype: torch.dtype) -> None:
         """Back up, when backward asks for a step above where it stands (a second backward)."""
         step = self.steps[self.level]
-        output = step.evaluation.again(self._read(1, dtype))
+        output = step.evaluation.again(self.lattice.grid.decode(self.pair[1], dtype))
         prev, cur = self.pair
-        self.pair = [cur, self.advance(step, prev, cur, hidden_of(output))]
+        if seam := self.seams.get(self.level):
+            prev, cur = (seam.above.reencode(x, self.lattice) for x in (prev, cur))
+            self.lattice = seam.above
+        self.pair = [cur, self.lattice.advance(step, prev, cur, hidden_of(output))]
         self.level += 1
 
     # Range.
@@ -211,27 +141,40 @@ class StreamTape:
             return
         self.checked = True
         sizes, self.sizes = self.sizes, []
-        if not self.grid.exact or not sizes or isinstance(sizes[0], FakeTensor):
+        if not self.lattice.grid.exact or not sizes or isinstance(sizes[0], FakeTensor):
             return
         values: list[float] = torch.stack(sizes).tolist()
-        limit = self.grid.limit(self.rule.terms)
+        limit = self.lattice.limit
         if all(v < limit for v in values):  # NaN is not
             if self.measured is not None:
-                self.measured(max(values))
+                self.measured(max(values), True)
             return
         first = next(i for i, v in enumerate(values) if not v < limit)
-        what = "the stream read by" if first % 2 == 0 else "the output of"
-        if not math.isfinite(values[first]):
-            raise TrainingDiverged(
-                f"{what} sub-block {first // 2} of the reversible stack holds {values[first]}",
+        raise self.out_of_range(self.lattice, first, values[first])
+
+    def out_of_range(self, lattice: Lattice, place: int, value: float) -> ShoestringError:
+        """The error for the value at `place`: 2 k is the stream read by sub-block k, 2 k + 1 its
+        output. Where the scale follows what is seen, it follows this, too."""
+        what = "the stream read by" if place % 2 == 0 else "the output of"
+        what = f"{what} sub-block {place // 2} of the reversible stack"
+        if not math.isfinite(value):
+            return TrainingDiverged(
+                f"{what} holds {value}",
                 expected="finite values",
                 hint="Lower the learning rate or clip gradients; nothing was updated.",
             )
-        fits = Grid.calibrated(self.grid.streams, values[first], margin=4)
-        raise StreamOverflow(
-            f"{what} sub-block {first // 2} of the reversible stack reaches {values[first]:.4g}",
-            expected=f"less than {limit:g} with scale_bits={self.grid.scale_bits}",
-            hint=f"Use scale_bits={fits} or scale_bits='auto'; nothing was updated.",
+        grid = lattice.grid
+        fits = Grid.calibrated(grid.streams, value, margin=4)
+        if value >= Grid(grid.streams, fits).limit(lattice.rule.terms):
+            hint = "No scale_bits holds that: look at what grows, or use streams='int64'"
+        elif self.measured is not None:
+            hint = f"It was 'auto' and is now {self.measured(value, False)}: run the step again"
+        else:
+            hint = f"Use scale_bits={fits} or scale_bits='auto'"
+        return StreamOverflow(
+            f"{what} reaches {value:.4g}",
+            expected=f"less than {lattice.limit:g} with scale_bits={grid.scale_bits}",
+            hint=f"{hint}; nothing was updated.",
         )
 
 
@@ -305,11 +248,25 @@ class StreamRun:
 
     start(prev, cur) -> step(f) ... -> finish() -> (prev, cur), all values float tensors (B, ..., d)
     in the dtype given. `replay` steps are rebuilt in backward; the others keep their graph.
+    `watch`: read every size as it comes (on a device that means waiting) and, where one does not
+    fit, go on with a coarser grid, holding the pair below (2 n elements); else sizes are read at
+    the end, and one that does not fit is a StreamOverflow.
     """
 
-    def __init__(self, rule: Rule, grid: Grid, *, training: bool, verify: bool = False) -> None:
-        self.tape = StreamTape(rule, grid, verify=verify)
-        self.grid, self.rule = grid, rule
+    def __init__(
+        self,
+        rule: Rule,
+        grid: Grid,
+        *,
+        training: bool,
+        verify: bool = False,
+        watch: bool = False,
+    ) -> None:
+        self.lattice = Lattice(rule, grid)
+        self.tape = StreamTape(self.lattice, verify=verify)
+        self.rule = rule
+        self.watch = watch and grid.exact
+        self.amax = 0.0  # seen so far, when watching
         # Evaluated, a rule that draws is the plain network, which cannot be walked down.
         self.plain = rule.draws and not training
         self.prev: Tensor
@@ -318,17 +275,54 @@ class StreamRun:
 
     def start(self, prev: Tensor, cur: Tensor) -> None:
         self.dtype = cur.dtype
+        # Under fake and meta tensors there is nothing to look at.
+        self.watch = self.watch and not isinstance(cur, FakeTensor) and not cur.is_meta
+        if self.watch:
+            self._see(0, largest(prev), largest(cur))
+            if self.amax >= self.lattice.limit:
+                self.lattice = self._roomier(0)
+        grid = self.lattice.grid
         with torch.no_grad():
             # Both streams often start from one tensor; encode it once.
-            self.cur = self.grid.encode(cur)
-            self.prev = self.cur if prev is cur else self.grid.encode(prev)
+            self.cur = grid.encode(cur)
+            self.prev = self.cur if prev is cur else grid.encode(prev)
         self.cur_carrier = _Enter.apply(cur)
         self.prev_carrier = self.cur_carrier if prev is cur else _Enter.apply(prev)
 
     def _read(self) -> Tensor:
-        x = _Read.apply(self.cur_carrier, self.grid, self.cur, self.dtype)
+        x = _Read.apply(self.cur_carrier, self.lattice.grid, self.cur, self.dtype)
         self.tape.sizes.append(largest(x))
         return x
+
+    def _see(self, place: int, *sizes: Tensor) -> None:
+        """Take note of sizes now, which waits for the device. TrainingDiverged if not finite."""
+        for value in map(float, sizes):
+            if not math.isfinite(value):
+                raise self.tape.out_of_range(self.lattice, place, value)
+            self.amax = max(self.amax, value)
+
+    def _roomier(self, place: int) -> Lattice:
+        """A lattice for what was seen; StreamOverflow when there is none."""
+        lattice = self.lattice.coarser(self.amax)
+        if self.amax >= lattice.limit:
+            raise self.tape.out_of_range(lattice, place, self.amax)
+        return lattice
+
+    def _fit(self, *, replay: bool) -> None:
+        """Make room for step k's input and update. What lies below stays on the lattice it is on,
+        and f_k has read it there: the walk down finds it in the seam."""
+        k = self.count
+        sizes, self.tape.sizes = self.tape.sizes, []
+        for place, size in enumerate(sizes, 2 * k):
+            self._see(place, size)
+        if self.amax < self.lattice.limit:
+            return
+        old, self.lattice = self.lattice, self._roomier(2 * k + 1)
+        if replay:
+            self.tape.seams[k] = Seam(self.lattice, old, self.prev, self.cur)
+        same = self.prev is self.cur
+        self.cur = self.lattice.reencode(self.cur, old)
+        self.prev = self.cur if same else self.lattice.reencode(self.prev, old)
 
     def step(
         self,
@@ -369,7 +363,7 @@ class StreamRun:
                 step.output = hidden_of(output).detach()
         else:
             if tape.level < 0 and tape.steps:
-                tape.seal(self.prev, self.cur)
+                tape.seal(self.lattice, self.prev, self.cur)
             output = f(self._read())
         u = hidden_of(output)
         if u.shape != self.cur.shape:
@@ -379,11 +373,13 @@ class StreamRun:
             )
         with torch.no_grad():
             tape.sizes.append(largest(u))
-            if replay and self.rule.halves and self.grid.exact and not step.plain:
+            if self.watch:
+                self._fit(replay=replay)
+            if replay and self.rule.halves and self.lattice.grid.exact and not step.plain:
                 step.bits, step.shape = pack_bits(self.prev & 1), self.prev.shape
             if replay and tape.verify:
                 step.sums = checksum(self.prev)
-            nxt = tape.advance(step, self.prev, self.cur, u.detach())
+            nxt = self.lattice.advance(step, self.prev, self.cur, u.detach())
         carrier = _Advance.apply(self.prev_carrier, self.cur_carrier, u, self.rule, step)
         self.prev, self.cur = self.cur, nxt
         self.prev_carrier, self.cur_carrier = self.cur_carrier, carrier
@@ -404,9 +400,15 @@ class StreamRun:
         flag means waiting, at the backward if there will be one."""
         tape = self.tape
         if tape.level < 0 and tape.steps:
-            tape.seal(self.prev, self.cur)
-        prev = _Read.apply(self.prev_carrier, self.grid, self.prev, self.dtype)
+            tape.seal(self.lattice, self.prev, self.cur)
+        prev = _Read.apply(self.prev_carrier, self.lattice.grid, self.prev, self.dtype)
         cur = self._read()
+        if self.watch:
+            # No sum wraps, whatever the last one is; what is too large for a sum was seen above.
+            self._see(2 * self.count, *tape.sizes)
+            tape.sizes.clear()
+            if tape.measured is not None and self.amax:
+                tape.measured(self.amax, True)
         if cur.device.type == "cpu" or not (torch.is_grad_enabled() and tape.steps):
             tape.check()
         return prev, cur

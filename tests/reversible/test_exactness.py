@@ -174,6 +174,110 @@ def test_auto_scale_follows_activations_that_grow_while_training():
     assert bits[-1] < bits[0]
 
 
+def grown(stack: ReversibleStack, size: float) -> ReversibleStack:
+    with torch.no_grad():
+        stack.sub_blocks[0].size.fill_(size)
+    return stack
+
+
+def test_auto_scale_survives_an_update_that_outgrows_it_at_once():
+    stack = ReversibleStack([Loud(1.0), Loud(2.0)])
+    stack(batch(), batch())
+    before = stack.scale_bits
+    for _ in range(2):
+        p, q = grown(stack, 1e4)(batch(), batch())
+        assert torch.allclose(p, batch() + 1e4, atol=1e-2)
+        assert torch.allclose(q, batch() + 2, atol=1e-2)
+        assert stack.scale_bits < before
+
+
+class Growing(MLP):
+    """An MLP whose output is scaled: x grows by that factor on the way up."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_gradients_are_exact_where_the_grid_changes_in_the_middle_of_a_pass(rule, backwards):
+    found = []
+    for keep_top in (0, 2, 6):
+        torch.manual_seed(1)
+        factors = (1.0, 1e3, 1.0, 1e5, 1.0, 3e6)
+        body = ReversibleStack([Growing(f) for f in factors], rule, keep_top=keep_top)
+        body.grid, body.calibrated = Grid("int32", 27), True
+        body.verify = keep_top == 0
+        x = batch().requires_grad_()
+        torch.manual_seed(2)
+        p, q = body(x, x * 0.5)
+        loss = (p * p.detach().sign()).sum() + q.square().mean()
+        for _ in range(backwards):
+            loss.backward(retain_graph=True)
+        assert loss.isfinite()
+        found.append((loss.detach(), x.grad, *(w.grad for w in body.parameters())))
+        assert body.scale_bits < 12
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_changed_grid_holds_two_streams_for_each_change():
+    torch.manual_seed(0)
+    run = StreamRun(RULES["feistel"], Grid("int32", 27), training=True, watch=True)
+    x = batch()
+    run.start(x, x)
+    for f in (Growing(1.0), Growing(1e4), Growing(1.0), Growing(1e6)):
+        run.step(f, f, replay=True)
+    run.finish()
+    assert list(run.tape.seams) == [1, 3]
+
+
+def test_inputs_of_any_size_start_on_a_grid_that_fits():
+    stack = ReversibleStack([Loud(1.0)])
+    stack(batch(), batch())
+    x = 1e5 * batch()
+    p, _ = stack(x, x)
+    assert torch.allclose(p, x, rtol=1e-5)
+
+
+def test_values_no_grid_holds_are_an_error_in_auto_mode_too():
+    stack = ReversibleStack([Loud(1.0), Loud(1e12)])
+    with pytest.raises(StreamOverflow, match=r"reaches 1e\+12.*look at what grows.*int64"):
+        stack(batch(), batch())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_auto_scale_names_nan_and_infinity(bad):
+    stack = ReversibleStack([Loud(1.0), Loud(bad)])
+    with pytest.raises(TrainingDiverged, match=r"output of sub-block 1 .* holds (nan|inf)"):
+        stack(batch(), batch())
+
+
+def test_where_sizes_are_read_late_an_overflow_sets_the_scale_of_the_next_pass():
+    run = StreamRun(RULES["feistel"], Grid("int32", 20), training=True)
+    told = []
+    run.tape.measured = lambda amax, in_range: told.append((amax, in_range)) or 13
+    run.start(batch(), batch())
+    run.step(Loud(3e4), None, replay=True)
+    with pytest.raises(StreamOverflow, match=r"was 'auto' and is now 13: run the step again"):
+        run.finish()
+    assert told == [(3e4, False)]
+
+
+def test_an_empty_batch_passes():
+    stack = ReversibleStack([Loud(1.0), MLP()])
+    x = torch.zeros(0, 4, 16, requires_grad=True)
+    p, q = stack(x, x)
+    assert p.shape == q.shape == x.shape
+    (p.sum() + q.sum()).backward()
+    assert not stack.calibrated
+    assert x.grad.shape == x.shape
+
+
 # verify
 
 

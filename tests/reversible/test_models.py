@@ -12,6 +12,8 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Qwen3Config,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from shoestring.errors import ConfigError, StackError
@@ -308,3 +310,135 @@ def test_the_grid_of_a_model_follows_what_training_shows():
         model.model.embed_tokens.weight *= 5000
     step(model)
     assert model.config.shoestring["scale_bits"] < 20
+
+
+@pytest.mark.parametrize("plan", ["keep", "recompute"])
+def test_a_model_under_a_plan_is_not_made_reversible(plan):
+    model = model_of("llama")
+    stack = Stack.of(model)
+    apply_spans(stack, [Span(2, 4, plan)])
+    expected = [type(e) for e in stack.executors]
+    with pytest.raises(StackError, match=r"runs under a plan.*plan\.restore\(model\)"):
+        reversible(model)
+    assert [type(e) for e in stack.executors] == expected
+    assert not hasattr(model.config, "shoestring")
+    stack.restore()
+    assert is_reversible(reversible(model))
+
+
+def test_a_conversion_that_fails_in_its_trial_leaves_the_model_as_it_was():
+    model = model_of("llama")
+    # Residuals that are scaled do not split; seen only when the layers are run.
+    model.model.layers[1].register_forward_hook(lambda m, args, out: out * 1.5)
+    model.model.layers[1].mlp.register_forward_hook(lambda m, args, out: out + 1)
+    before, modes = step(model), [m.training for m in model.modules()]
+    for layer in model.model.layers:
+        layer.forward = _halving(layer)
+    standing = [layer.forward for layer in model.model.layers]
+    with pytest.raises(StackError, match="do not add up to the layer"):
+        reversible(model)
+    assert [layer.forward for layer in model.model.layers] == standing
+    assert [m.training for m in model.modules()] == modes
+    assert not hasattr(model.config, "shoestring")
+    assert not is_reversible(model)
+    for layer in model.model.layers:
+        del layer.forward
+    assert torch.equal(step(model), before)
+
+
+def _halving(layer: nn.Module):
+    own = type(layer).forward.__get__(layer)
+    return lambda *args, **kwargs: own(*args, **kwargs) * 0.5
+
+
+def test_a_report_on_a_model_that_is_reversible_already_leaves_it_so():
+    model = reversible(model_of("llama"))
+    with pytest.raises(StackError, match="reversible already"):
+        conversion_report(model, batch())
+    assert is_reversible(model)
+
+
+# The trial of a conversion: a few tokens through the plain model
+
+
+def test_a_vocabulary_and_positions_smaller_than_the_trial_are_enough():
+    assert is_reversible(reversible(model_of("llama", vocab_size=5, pad_token_id=None)))
+    assert is_reversible(reversible(model_of("gpt2", n_positions=4)))
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        image_size=16, patch_size=8, hidden_dropout_prob=0.1,
+    )  # fmt: skip
+    return ViTForImageClassification(config).train()
+
+
+@pytest.mark.parametrize("rule", ["bdia", "midpoint"])
+def test_a_model_of_images_takes_a_whole_layer_rule(rule):
+    found = []
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    for keep_top in (0, 3):
+        model = reversible(vit(), rule=rule, keep_top=keep_top)
+        torch.manual_seed(3)
+        model(pixel_values=pixels, labels=torch.tensor([0, 1])).loss.backward()
+        found.append(grads(model))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(g, found[1][n]) for n, g in found[0].items())
+
+
+def test_branches_that_cannot_be_tried_are_refused_with_the_way_out():
+    class Embeds(nn.Module):
+        """Layers that split by their names, in a model that takes no token ids."""
+
+        def __init__(self):
+            super().__init__()
+            self.layers = model_of("llama").model.layers
+
+    with pytest.raises(StackError, match=r"takes no token ids.*ReversibleStack"):
+        reversible(Embeds())
+
+
+# 16 bits after the conversion
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", ["midpoint", "leapfrog", "bdia"])
+def test_weights_turned_to_16_bits_after_a_whole_layer_conversion_are_refused(rule, dtype):
+    model = reversible(model_of("llama"), rule=rule).to(dtype)
+    with pytest.raises(StackError, match=r"weights of torch\.b?float16.*restore\(model\)"):
+        model(**batch())
+    if rule == "bdia":  # evaluated, it is the plain model
+        assert model.eval()(**batch()).loss.isfinite()
+    # What the message says to do.
+    again = reversible(restore(model), rule=rule).train()
+    assert again.config.shoestring["branches"]
+    assert step(again).isfinite()
+
+
+def test_a_hidden_state_of_16_bits_is_refused_where_layers_are_subtracted():
+    net = reversible(nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)]), rule="midpoint")
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(StackError, match=r"hidden state of torch\.bfloat16.*expected float32"),
+    ):
+        net(torch.randn(2, 4, 8).bfloat16())
+
+
+def test_branches_take_16_bits_at_any_time():
+    model = reversible(model_of("llama")).to(torch.bfloat16)
+    assert step(model).isfinite()
+
+
+def test_activations_of_thousands_are_no_reason_to_fail_the_first_forward():
+    found = []
+    for keep_top in (0, 3):
+        torch.manual_seed(0)
+        net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+        reversible(net, rule="bdia", keep_top=keep_top)
+        x = 5000 * torch.randn(2, 4, 8)
+        torch.manual_seed(1)
+        net(x).square().mean().backward()
+        found.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -2,8 +2,8 @@
 
 Idea: two residual streams updated in turn can be walked backwards, so backward needs only the
 last pair. Streams are fixed-point integers, so the walk is exact at any depth and whatever dtype
-the blocks compute in: gradients are bit-identical to storing everything (`streams.py` has the
-rules and the engine).
+the blocks compute in: gradients are bit-identical to storing everything (`rules.py` has the
+rules, `streams.py` the engine).
 Equations: x[k+1] = A x[k-1] + B x[k] + C f_k(x[k]); Feistel: A = 1, B = 0, C = 1.
 Memory: 4 n elements for the streams and their gradients plus one sub-block's inside, whatever
 the depth; BDIA n/8 bytes per step more.
@@ -17,10 +17,9 @@ layer(x) - x` would cancel.
 Source: arXiv 1707.04585, 2407.09093, 2512.02056; fixed point after Maclaurin et al. (ICML 2015).
 """
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -28,10 +27,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..branches import roles_of, split
+from ..conversion import ConversionReport, Trial, measure_conversion
 from ..errors import ConfigError, StackError, closest
-from ..ops.fixed_point import DEFAULT_SCALE_BITS, Grid, largest
-from ..stack import BlockCall, Executor, Runner, Stack, hidden_of, with_hidden, without_cache
-from ..streams import RULES, Rule, StreamRun
+from ..ops.fixed_point import DEFAULT_SCALE_BITS, Grid
+from ..rules import RULES, Rule
+from ..stack import BlockCall, Executor, Runner, Stack, hidden_of, with_hidden
+from ..streams import StreamRun
+from ..tape import RandomState, frozen_statistics
 from .base import Method, Promises
 
 log = logging.getLogger("shoestring")
@@ -116,9 +118,12 @@ class ReversibleStack(nn.Module):
                     f"stream {name} has dtype {x.dtype} and shape {tuple(x.shape)}",
                     expected=f"floating point and shape {tuple(q.shape)}",
                 )
-        if self.auto and not self.calibrated and not isinstance(q, FakeTensor):
+        if self.auto and not self.calibrated and q.numel() and not isinstance(q, FakeTensor):
             self._calibrate(p, q)
-        run = StreamRun(self.rule, self.grid, training=self.training, verify=self.verify)
+        watch = self.auto and q.device.type == "cpu"
+        run = StreamRun(
+            self.rule, self.grid, training=self.training, verify=self.verify, watch=watch
+        )
         if self.auto and torch.is_grad_enabled():
             run.tape.measured = self._measured
         run.start(p, q)
@@ -127,21 +132,19 @@ class ReversibleStack(nn.Module):
             run.step(f, f, replay=k < replayed, hold_output=k in self.hold_outputs)
         return run.finish()
 
-    def _measured(self, amax: float) -> None:
+    def _measured(self, amax: float, in_range: bool) -> int:
         self._rescale(recalibrated(self.grid.streams, self.scale_bits, amax))
+        if not in_range:
+            self.calibrated = False  # what came after the first value too large is not known
+        return self.scale_bits
 
     def _calibrate(self, p: Tensor, q: Tensor) -> None:
         """A pass without gradients on wide float streams; random numbers and norm statistics
         are as if it had not been."""
         if self.grid.exact:
             wide = Grid("float64" if self.grid.streams == "int64" else "float32")
-            devices = [q.device] if q.device.type == "cuda" else []
             run = StreamRun(self.rule, wide, training=self.training)
-            with (
-                torch.no_grad(),
-                torch.random.fork_rng(devices=devices),
-                frozen_statistics(self),
-            ):
+            with torch.no_grad(), RandomState(q).restored(), frozen_statistics(self):
                 run.start(p, q)
                 for f in self.sub_blocks:
                     run.step(f, None, replay=False)
@@ -161,19 +164,6 @@ class ReversibleStack(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.grid = Grid(self.grid.streams, int(state[0]))
         self.calibrated = bool(state[1])
-
-
-@contextlib.contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Normalisation layers compute as they do, and their running statistics stay."""
-    norms = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
-    for norm in norms:
-        norm.track_running_stats = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,6 +195,8 @@ class ReversibleExecutor(Executor):
         self.count = count
         self.config = config
         self.rule = rule_named(info["rule"])
+        # Whether a whole pass was in range: until then every size is read as it comes.
+        self.settled = False
 
     def run(self, position: int, block: nn.Module, call: BlockCall) -> Any:
         hidden = call.hidden
@@ -212,6 +204,8 @@ class ReversibleExecutor(Executor):
         call.hidden = None
         if self.rule.draws and not block.training:
             return call(hidden)  # served and evaluated as the plain network
+        if not self.info["branches"]:
+            _refuse_16_bit_differences(block, hidden)
         run = self._begin(block, hidden) if position == 0 else _run_of(hidden, position)
         first_kept = self.count - self.config.keep_top
         replay = torch.is_grad_enabled() and position < first_kept
@@ -233,19 +227,44 @@ class ReversibleExecutor(Executor):
 
     def _begin(self, block: nn.Module, hidden: Tensor) -> StreamRun:
         grid = Grid(self.info["streams"], self.info["scale_bits"])
-        run = StreamRun(self.rule, grid, training=block.training, verify=self.config.verify)
+        run = StreamRun(
+            self.rule,
+            grid,
+            training=block.training,
+            verify=self.config.verify,
+            watch=self.info["auto"] and (hidden.device.type == "cpu" or not self.settled),
+        )
         if self.info["auto"] and grid.exact and torch.is_grad_enabled():
             run.tape.measured = self._measured
         run.start(hidden, hidden)
         return run
 
-    def _measured(self, amax: float) -> None:
+    def _measured(self, amax: float, in_range: bool) -> int:
         bits = recalibrated(self.info["streams"], self.info["scale_bits"], amax)
         self.info["scale_bits"] = bits
+        self.settled = in_range
+        return bits
 
     def _finish(self, run: StreamRun) -> Tensor:
         prev, cur = run.finish()
         return (prev + cur) * 0.5 if self.rule.name == "feistel" else cur
+
+
+def _refuse_16_bit_differences(block: nn.Module, hidden: Tensor) -> None:
+    """layer(x) - x cancels in 16 bits, and a stored twin would err alike: no test sees it."""
+    for what, tensors in (("weights", block.parameters()), ("hidden state", (hidden,))):
+        low = next((t.dtype for t in tensors if t.dtype in _16_BIT), None)
+        if low is not None:
+            raise StackError(
+                f"{type(block).__name__} has {what} of {low}, and this model was made reversible "
+                "by whole layers, f(x) = layer(x) - x, whose error is then 15 %",
+                expected="float32, or float32 under torch.autocast",
+                hint="Call shoestring.methods.reversible.restore(model), convert it to 16 bits, "
+                "then call reversible again: it will use the layers' branches.",
+            )
+
+
+_16_BIT = (torch.bfloat16, torch.float16)
 
 
 class _Difference:
@@ -351,11 +370,7 @@ def reversible(
     chosen = rule_named(rule)
     grid = Grid(streams, first_scale_bits(streams, scale_bits))
     stack = Stack.of(model_or_blocks)
-    if _structural_runner(stack) is not None:
-        raise StackError(
-            "this model is reversible already",
-            hint="Call shoestring.methods.reversible.restore(model) first.",
-        )
+    _refuse_what_is_not_plain(stack)
     info: dict[str, Any] = {
         "rule": chosen.name,
         "streams": streams,
@@ -364,16 +379,15 @@ def reversible(
         "branches": chosen.name == "feistel" or _is_16_bit(stack),
         "tuple": False,
     }
-    probe = _Probe(splits=info["branches"])
+    trial = Trial(splits=info["branches"])
     if info["branches"]:
         for block in stack.blocks:
             roles_of(block)
-    if info["branches"] or hasattr(model_or_blocks, "get_input_embeddings"):
-        probe.run_through(stack)
-        info["tuple"] = probe.tuple
-    if info["auto"] and grid.exact and probe.amax:
+    trial.run_through(stack)
+    info["tuple"] = trial.tuple and info["branches"]
+    if info["auto"] and grid.exact and trial.amax:
         # Never finer than the default, because the weights may still be replaced by loaded ones.
-        fitting = Grid.calibrated(streams, probe.amax, margin=2 * chosen.terms)
+        fitting = Grid.calibrated(streams, trial.amax, margin=2 * chosen.terms)
         info["scale_bits"] = min(grid.scale_bits, fitting)
     config = Reversible().configure({"keep_top": keep_top, "verify": verify})
     if not 0 <= keep_top <= len(stack):
@@ -384,6 +398,22 @@ def reversible(
     if model_config is not None:
         model_config.shoestring = info
     return model_or_blocks
+
+
+def _refuse_what_is_not_plain(stack: Stack) -> None:
+    if _structural_runner(stack) is not None:
+        raise StackError(
+            "this model is reversible already",
+            hint="Call shoestring.methods.reversible.restore(model) first.",
+        )
+    if any(executor is not None for executor in stack.executors):
+        # The plan's runners would be replaced, and restoring the plan would take these out.
+        raise StackError(
+            f"this {type(stack.model).__name__} runs under a plan, which was made for other "
+            "layers than it would then have",
+            expected="a model without a plan",
+            hint="Call plan.restore(model) first, and plan again afterwards.",
+        )
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -400,22 +430,6 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConversionReport:
-    """Loss of one batch around a conversion. None of it involves training."""
-
-    rule: str
-    before: float
-    """Of the plain model, in eval mode."""
-    after: float
-    """Of the reversible one in train mode (dropout, if any, is on): mean over `draws` passes."""
-    spread: float
-    """Standard deviation over those passes: what the random coefficients do."""
-    draws: int
-    back: float
-    """Of the model converted back, in eval mode; equals `before`."""
-
-
 def conversion_report(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -430,32 +444,15 @@ def conversion_report(
     loss: (model, batch) -> scalar; default `model(**batch).loss`. `settings` go to `reversible`.
     The model is left as it was: plain, its modes and the random state too.
     """
-    measured = loss or (lambda m, b: m(**b).loss)
-    modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        frozen_statistics(model),
-    ):
-        try:
-            before = float(measured(model.eval(), batch))
-            reversible(model, rule=rule, **settings)
-            model.train()
-            values = torch.tensor([float(measured(model, batch)) for _ in range(draws)])
-            restore(model)
-            back = float(measured(model.eval(), batch))
-        finally:
-            restore(model)
-            for module, training in modes:
-                module.training = training
-    return ConversionReport(
+    _refuse_what_is_not_plain(Stack.of(model))
+    return measure_conversion(
+        model,
+        batch,
         rule=rule,
-        before=before,
-        after=float(values.mean()),
-        spread=float(values.std()) if draws > 1 else 0.0,
+        convert=lambda m: reversible(m, rule=rule, **settings),
+        restore=restore,
         draws=draws,
-        back=back,
+        loss=loss,
     )
 
 
@@ -484,63 +481,4 @@ class _RefuseHiddenStates:
 
 
 def _is_16_bit(stack: Stack) -> bool:
-    return any(
-        p.dtype in (torch.bfloat16, torch.float16) for b in stack.blocks for p in b.parameters()
-    )
-
-
-class _Probe(Executor):
-    """Runs the layers as they are on a few tokens: how large their values are and, with
-    `splits`, whether x + A(x) + G(x + A(x)) from the branches is the layer's own output."""
-
-    always = True
-
-    def __init__(self, *, splits: bool) -> None:
-        self.splits = splits
-        self.error = 0.0
-        self.amax = 0.0
-        self.tuple = False
-
-    def run(self, position: int, block: nn.Module, call: BlockCall) -> Any:
-        # Two runs would both write to a cache.
-        args, kwargs = without_cache(block, call.args, call.kwargs)
-        call = replace(call, args=args, kwargs=kwargs)
-        x = call.hidden
-        assert x is not None
-        output = call(x)
-        expected = hidden_of(output)
-        self.tuple = isinstance(output, tuple | list)
-        summed = x
-        for branch in split(block, call) if self.splits else ():
-            summed = summed + branch(summed)
-        if not isinstance(x, FakeTensor):
-            self.amax = max(self.amax, float(largest(x)), float(largest(expected)))
-            if self.splits:
-                scale = float((expected - x).norm()) or 1.0
-                self.error = max(self.error, float((summed - expected).norm()) / scale)
-        return output
-
-    def run_through(self, stack: Stack) -> None:
-        """Fill in the fields. Under fake or meta tensors there are no values."""
-        model = stack.model
-        parameter = next(model.parameters())
-        tokens = torch.arange(8, device=parameter.device).view(1, 8)
-        modes = [(module, module.training) for module in model.modules()]
-        stack.apply([(0, len(stack), self)])
-        try:
-            model.eval()
-            with torch.no_grad():
-                model(tokens) if parameter.device.type != "meta" else None
-        finally:
-            stack.restore()
-            for module, training in modes:
-                module.training = training
-        if self.error > 64 * torch.finfo(parameter.dtype).eps:
-            raise StackError(
-                "the attention and MLP branches of "
-                f"{type(stack.blocks[0]).__name__} do not add up to the layer (relative "
-                f"difference {self.error:.1e})",
-                expected="layer(x) = x + A(x) + G(x + A(x))",
-                hint="It scales or gates its residuals; use a whole-layer rule (bdia, "
-                "random_sign).",
-            )
+    return any(p.dtype in _16_BIT for b in stack.blocks for p in b.parameters())
