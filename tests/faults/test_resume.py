@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from shoestring.checkpoint import Store
 from shoestring.errors import CheckpointError, ConfigError, DataError, OutOfBudget
-from shoestring.training.config import RunConfig
 from shoestring.training.loop import resume, train
 from shoestring.training.snapshot import MODEL, OPTIMIZER
 
@@ -22,14 +21,14 @@ from .victims import Victim, small
 CLOCKS = ("seconds", "tokens_per_s")
 
 
-class Cut(Exception):
+class CutError(Exception):
     """The power goes."""
 
 
 def cut_at(step: int, event: str = "step"):
     def progress(told: dict[str, Any]) -> None:
         if told["event"] == event and told["step"] == step:
-            raise Cut
+            raise CutError
 
     return progress
 
@@ -68,9 +67,10 @@ def assert_same_run(a: Path, b: Path) -> None:
 def cut_off(tmp_path_factory, cache) -> Path:
     """A run whose power went in step 3, and its checkpoint of step 2."""
     directory = tmp_path_factory.mktemp("cut") / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHOESTRING_CACHE", str(cache))
-        train(small(directory, TEXT), progress=cut_at(3))
+        with pytest.raises(CutError):
+            train(small(directory, TEXT), progress=cut_at(3))
     return directory
 
 
@@ -95,9 +95,9 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(settings, tmp_path, sections
     sections["model"] = {"dropout": 0.1, **sections["model"]}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(settings(whole, **sections))
-    with pytest.raises(Cut):
+    with pytest.raises(CutError):
         train(settings(broken, **sections), progress=cut_at(3))
-    with pytest.raises(Cut):
+    with pytest.raises(CutError):
         resume(broken, progress=cut_at(5))
     run = resume(broken)
     assert (run.receipt["status"], run.receipt["steps"]) == ("finished", 6)
@@ -106,7 +106,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(settings, tmp_path, sections
 
 def test_a_run_directory_can_be_moved_and_renamed(settings, tmp_path):
     train(settings(tmp_path / "whole"))
-    with pytest.raises(Cut):
+    with pytest.raises(CutError):
         train(settings(tmp_path / "before"), progress=cut_at(3))
     odd = tmp_path / "über dir's [x] %20 #1"
     (tmp_path / "before").rename(odd)
@@ -121,7 +121,7 @@ def test_a_lost_config_is_taken_from_the_checkpoint(settings, broken):
 
 def test_a_run_that_never_saved_starts_again(settings, tmp_path):
     config = settings(checkpoint={"every": 0}, run={"steps": 2})
-    with pytest.raises(Cut):
+    with pytest.raises(CutError):
         train(config, progress=cut_at(2))
     assert not (tmp_path / "run" / "checkpoints").exists()
     cut = lines(tmp_path / "run")
@@ -198,7 +198,7 @@ def test_what_may_change_does(settings, broken):
 
 def test_a_smaller_budget_than_the_plan_is_refused(settings, tmp_path):
     config = settings(run={"budget": "24MiB"}, model={"rule": "feistel"})
-    with pytest.raises(Cut):
+    with pytest.raises(CutError):
         train(config, progress=cut_at(3))
     file = tmp_path / "run" / "config.toml"
     file.write_text(file.read_text().replace("24MiB", "100KiB"))
@@ -211,7 +211,7 @@ def test_data_that_changed_or_went_is_named(settings, tmp_path):
     text.mkdir()
     for number in range(12):
         (text / f"{number}.txt").write_text(f"line {number} of a text that will change\n" * 60)
-    with pytest.raises(Cut):
+    with pytest.raises(CutError):
         train(settings(data={"source": str(text)}), progress=cut_at(3))
     saved = (text / "3.txt").read_text()
     (text / "3.txt").write_text(saved + "!")

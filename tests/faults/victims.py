@@ -28,6 +28,7 @@ _CONTEXT.set_forkserver_preload(
 )
 # linux/sched.h and linux/mount.h
 _NEW_MOUNTS, _NEW_USERS = 0x00020000, 0x10000000
+_MMAP_THRESHOLD = -3  # malloc.h
 _PRIVATE, _RECURSIVE, _READ_ONLY = 1 << 18, 1 << 14, 1
 
 
@@ -122,15 +123,30 @@ def _suffer(action: str, toml: str, log: str, fate: tuple[Any, ...]) -> None:
 # ---- fates -------------------------------------------------------------------------------------
 
 
-def little_memory(config: RunConfig, more_bytes: int, *, after: int = 0) -> Callable[..., None]:
-    """Once a step was made (or before the first), so much more memory and not a byte beyond."""
+def little_memory(
+    config: RunConfig, more_bytes: int, after: int = 0, even_less: int | None = None
+) -> Callable[..., None]:
+    """Once a step was made (or before the first), so much more memory and not a byte beyond.
+
+    even_less: what there is from the moment on when that has run out.
+    """
+    is_set = False
+    # Large blocks as mappings of their own: what the heap keeps for later would be more memory.
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 17)
+
+    def limit(more: int) -> None:
+        status = Path("/proc/self/status").read_text()
+        data = int(status.partition("VmData:")[2].split()[0]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (data + more, resource.RLIM_INFINITY))
 
     def on_event(event: dict[str, Any]) -> None:
-        is_time = event["event"] == "evaluation" if after == 0 else event.get("step") == after
-        if is_time and event["event"] in ("evaluation", "step"):
-            status = Path("/proc/self/status").read_text()
-            data = int(status.partition("VmData:")[2].split()[0]) * 1024
-            resource.setrlimit(resource.RLIMIT_DATA, (data + more_bytes, data + more_bytes))
+        nonlocal is_set
+        kind = "step" if after else "evaluation"
+        if not is_set and event["event"] == kind and event["step"] == after:
+            is_set = True
+            limit(more_bytes)
+        if even_less is not None and event["event"] == "out of memory":
+            limit(even_less)
 
     return on_event
 
@@ -155,7 +171,8 @@ def full_disk(config: RunConfig, size: int, seed: int) -> Callable[..., None]:
 
             saved, wrong = Store(directory / "checkpoints").newest()
             step = saved.step if saved else 0
-            print(json.dumps({"event": "left", "step": step, "wrong": wrong, "moment": moment}))
+            left = {"event": "left", "step": step, "wrong": wrong, "moment": moment}
+            sys.stdout.write(json.dumps(left) + "\n")
 
     return on_event
 

@@ -32,7 +32,11 @@ def settings(tmp_path, cache, monkeypatch) -> Callable[..., RunConfig]:
     monkeypatch.setenv("SHOESTRING_CACHE", str(cache))
     whole = RunConfig(
         run=JobConfig(
-            directory=str(tmp_path / "run"), steps=6, budget="none", threads=1, device="cpu",
+            directory=str(tmp_path / "run"),
+            steps=6,
+            budget="none",
+            threads=1,
+            device="cpu",
             replace=True,
         ),
         model=ModelConfig(**SHAPE),

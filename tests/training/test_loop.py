@@ -59,6 +59,7 @@ def test_a_budgeted_run_keeps_its_promise_and_leaves_a_whole_directory(settings)
     run = train(config, progress=lambda event: events.append(event["event"]))
     left = {path.name for path in run.directory.iterdir()}
     files = {"config.toml", "plan.json", "metrics.jsonl", "receipt.json", ".lock"}
+    files |= {"memory.json", "report.html"}
     assert left == files | {"model", "checkpoints"}
     assert RunConfig.load(run.directory / "config.toml") == config
     plan = Plan.from_json((run.directory / "plan.json").read_text())

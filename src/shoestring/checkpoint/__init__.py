@@ -7,10 +7,15 @@ store       the checkpoints of a run: the newest that verifies wins, old ones go
 lock        one process at a time
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .directory import atomic_directory, newest_complete, write_text
 from .lock import Lock
 from .manifest import MANIFEST, read_manifest, verify
-from .store import Checkpoint, Store
+
+if TYPE_CHECKING:
+    from .store import Checkpoint, Store
 
 __all__ = [
     "MANIFEST",
@@ -23,3 +28,10 @@ __all__ = [
     "verify",
     "write_text",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Tensors need torch, whose import takes seconds; who writes a page does not.
+    if name in ("Checkpoint", "Store"):
+        return getattr(import_module(".store", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

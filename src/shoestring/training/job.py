@@ -22,6 +22,7 @@ from ..errors import CheckpointError, OutOfBudget, ShoestringError, TrainingDive
 from ..objectives.next_token import Batch
 from ..planner import Plan
 from ..planner.budget import CPU_MARGIN_TUNED, resident_bytes
+from ..report import memory_json, write_report
 from ..rss import status_bytes
 from ..units import format_bytes
 from .checkpoints import (
@@ -338,6 +339,9 @@ class Job:
         """One line of metrics for a step that was made."""
         self.updates = step
         self._skipped_in_a_row = 0
+        if (history := self._budget.take_history()) is not None:
+            predicted = self.plan.history if self.plan else None
+            self.record.text("memory.json", memory_json(history, predicted))
         if not self._budget.tracks(step):
             self._step_seconds.append(measured.seconds)
         self.record.line(
@@ -385,7 +389,7 @@ class Job:
             "evaluation", step=self.updates, **result.to_json(), seconds=measured.seconds
         )
         if sample is not None:
-            self.record.tell("sample", step=self.updates, **sample)
+            self.record.line("sample", step=self.updates, **sample)
         self._evaluated = (self.updates, result)
         return result
 
@@ -432,9 +436,17 @@ class Job:
             directory = self.record.directory / "model"
             save_model(self.model, self.data.tokenizer, directory, card=model_card(receipt))
             self.record.file("receipt.json", receipt)
+            self._write_report()
             self.record.tell("saved", directory=str(directory))
         self.world.barrier()
         return receipt
+
+    def _write_report(self) -> None:
+        """The page of the run; a run is not lost because its picture cannot be drawn."""
+        try:
+            write_report([self.record.directory])
+        except (ShoestringError, OSError) as error:
+            self.record.tell("report failed", message=str(error))
 
     def _receipt(self, status: str, error: str | None) -> dict[str, Any]:
         promised = self.plan.peak_bytes if self.plan else None

@@ -34,6 +34,7 @@ def load(run_or_model_dir: str | Path) -> tuple[PreTrainedModel, Any]:
 
 def model_directory(path: Path) -> Path:
     """Where the model is: `path` itself, or `model` below a run directory."""
+    _refuse_pickles(path)
     for candidate in (newest_complete(path / "model"), newest_complete(path)):
         if (candidate / "config.json").is_file() or (candidate / MANIFEST).is_file():
             return candidate
@@ -42,6 +43,24 @@ def model_directory(path: Path) -> Path:
         expected="a run directory with model/, or a directory with config.json",
         hint="A run writes its model when it ends.",
     )
+
+
+def _refuse_pickles(path: Path) -> None:
+    """A pickle runs whatever code its writer put in, so none is ever opened."""
+    files = [path] if path.is_file() else sorted(path.glob("*.bin")) + sorted(path.glob("*.pt"))
+    if any(path.glob("*.safetensors")) if path.is_dir() else False:
+        return  # what is read are the safetensors beside it
+    for file in files:
+        with file.open("rb") as opened:
+            start = opened.read(4)
+        if start[:2] == b"PK" or start[:1] == b"\x80" or file.suffix in (".pt", ".pth", ".bin"):
+            raise CheckpointError(
+                f"{file} is a pickle, which is never opened here: it could run any code",
+                expected="a directory with safetensors files",
+                hint="Where you trust it, load it with torch and save it with save_pretrained.",
+            )
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file", expected="a run or model directory")
 
 
 def load_model(name: str | Path, *, from_scratch: bool = False) -> PreTrainedModel:

@@ -1,0 +1,158 @@
+"""Memory, disk and numbers that run out in the middle of a run. Nothing here is a mock: limits,
+mounts and not-a-numbers are real."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoestring.checkpoint import Store
+from shoestring.errors import StreamOverflow, TrainingDiverged
+from shoestring.training.loop import resume, train
+
+from .test_resume import lines
+from .victims import Victim
+
+MIB = 1 << 20
+# About 190 MiB in a step and half of that in one that is split; an evaluation takes 30.
+BIG = {
+    "model": {"rule": "residual", "hidden_size": 64, "num_hidden_layers": 4, "dropout": 0.0},
+    "data": {"sequence_length": 128, "batch_size": 48},
+    "optim": {"accumulate": 1},
+    "run": {"steps": 3},
+    "checkpoint": {"every": 1},
+    "evaluate": {"every": 0, "batches": 1},
+}
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+def test_a_step_without_memory_is_split_and_the_run_goes_on(settings, tmp_path):
+    victim = Victim("train", settings(**BIG), tmp_path / "log", "little_memory", 150 * MIB)
+    assert victim.wait() == 0, victim.text()
+    (told,) = victim.events("out of memory")
+    assert (told["step"], told["split"]) == (1, 2)
+    assert told["held"]["weights"] > 0
+    train(settings(tmp_path / "whole", **BIG))
+    starved, whole = lines(tmp_path / "run"), lines(tmp_path / "whole")
+    for mine, other in zip(starved, whole, strict=True):
+        # the effective batch is the same; only the order of sums is another
+        if mine["event"] == "step":
+            assert mine["tokens"] == other["tokens"]
+            assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+            assert mine["norm"] == pytest.approx(other["norm"], rel=1e-4)
+
+
+def test_a_second_time_without_memory_stops_with_a_report_and_nothing_lost(settings, tmp_path):
+    config = settings(**{**BIG, "run": {"steps": 6}})
+    fate = ("little_memory", 40 * MIB, 2, MIB)
+    victim = Victim("train", config, tmp_path / "log", *fate)
+    assert victim.wait() == 3, victim.text()
+    (error,) = victim.events("error")
+    assert "step 3: the system had no more memory" in error["message"]
+    assert "weights" in error["message"]
+    assert "optimizer" in error["message"]
+    saved, _ = Store(tmp_path / "run" / "checkpoints").newest()
+    assert saved.step == 2
+    assert resume(tmp_path / "run", steps=3).receipt["steps"] == 3
+
+
+# ---- disk --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("own_disk")
+@pytest.mark.parametrize("seed", range(6))
+def test_a_disk_that_fills_up_leaves_a_checkpoint_that_verifies(settings, tmp_path, seed):
+    config = settings(run={"steps": 30}, evaluate={"every": 10})
+    victim = Victim("train", config, tmp_path / "log", "full_disk", 3 * MIB, seed)
+    code = victim.wait()
+    (left,) = victim.events("left")
+    assert left["wrong"] == []
+    acknowledged = [event["step"] for event in victim.events("checkpoint")]
+    assert left["step"] == max(acknowledged, default=0)
+    if code:
+        (error,) = victim.events("error")
+        assert code == 1
+        assert "o room to write" in error["message"] or "No space left" in error["message"]
+
+
+@pytest.mark.usefixtures("own_disk")
+def test_a_directory_that_cannot_be_written_is_named_before_anything_is_made(settings, tmp_path):
+    train(settings(run={"steps": 1}))
+    for action in ("train", "resume"):
+        victim = Victim(action, settings(run={"steps": 2}), tmp_path / "log", "read_only")
+        assert victim.wait() == 1, victim.text()
+        (error,) = victim.events("error")
+        assert "Read-only file system" in error["message"]
+        assert not victim.events("model")
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+def test_a_weight_that_is_no_number_stops_before_the_update_and_is_named(settings, tmp_path):
+    victim = Victim("train", settings(), tmp_path / "log", "poison", 3, "weight", 1)
+    assert victim.wait() == 1
+    (error,) = victim.events("error")
+    assert error["kind"] == "TrainingDiverged"
+    assert "step 3: the loss is nan" in error["message"]
+    assert "embed_tokens.weight already held a number that is not finite" in error["message"]
+    saved, _ = Store(tmp_path / "run" / "checkpoints").newest()
+    assert saved.step == 2
+
+
+def test_a_loss_that_is_no_number_can_be_skipped(settings, tmp_path):
+    config = settings(run={"nonfinite": "skip"})
+    victim = Victim("train", config, tmp_path / "log", "poison", 2, "loss", 2)
+    assert victim.wait() == 0, victim.text()
+    assert [event["step"] for event in victim.events("skipped")] == [2, 3]
+    assert [event["step"] for event in victim.events("step")] == [1, 4, 5, 6]
+    saved, _ = Store(tmp_path / "run" / "checkpoints").newest()
+    for _, tensor in saved.tensors("model.safetensors"):
+        assert torch.isfinite(tensor.float()).all()
+
+
+def test_ten_skips_in_a_row_stop_all_the_same(settings, tmp_path):
+    config = settings(run={"nonfinite": "skip", "steps": 30}, checkpoint={"every": 0})
+    victim = Victim("train", config, tmp_path / "log", "poison", 3, "loss", 100)
+    assert victim.wait() == 1
+    assert len(victim.events("skipped")) == 10
+    assert "step 13" in victim.events("error")[0]["message"]
+
+
+def test_a_step_over_its_budget_saves_what_it_made(settings, tmp_path):
+    from shoestring.errors import OutOfBudget
+    from shoestring.planner import Plan
+
+    config = settings(run={"budget": "24MiB"}, model={"rule": "residual", "dropout": 0.0})
+    train(config)
+    text = (tmp_path / "run" / "plan.json").read_text()
+    plan = json.loads(text)
+    # a plan that promises half of what it takes: a budget is then broken
+    plan["peak_bytes"] //= 2
+    plan["budget_bytes"] = plan["peak_bytes"] + 1000
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan))
+    Plan.from_json(file.read_text())
+    config = settings(
+        run={"budget": f"{plan['budget_bytes']}B", "replace": True},
+        model={"rule": "residual", "dropout": 0.0}, plan={"file": str(file)},
+    )  # fmt: skip
+    with pytest.raises(OutOfBudget, match="peaked at"):
+        train(config)
+    saved, _ = Store(tmp_path / "run" / "checkpoints").newest()
+    assert saved.step == 1
+    assert json.loads((Path(saved.path) / "state.json").read_text())["step"] == 1
+
+
+def test_divergence_keeps_the_run_resumable(settings, tmp_path):
+    config = settings(optim={"lr": 1e9, "grad_clip": 0.0}, run={"steps": 50})
+    with pytest.raises((TrainingDiverged, StreamOverflow)):
+        train(config)
+    saved, wrong = Store(tmp_path / "run" / "checkpoints").newest()
+    assert saved is not None
+    assert not wrong
+    receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())
+    assert receipt["status"] == "diverged"
