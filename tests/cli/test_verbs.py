@@ -166,6 +166,78 @@ def test_plan_of_a_run_is_the_plan_that_train_makes(trained, here):
     assert found["peak_bytes"] == pytest.approx(planned["plan"]["peak_bytes"], rel=0.05)
 
 
+def test_plan_of_a_run_with_a_tokenizer_of_its_own_counts_its_vocabulary(trained, here):
+    text = RUN.format(directory=here / "own", source=here / "notes.txt")
+    tokenizer = f'tokenizer = "{here / "run" / "model"}"'
+    file = here / "own.toml"
+    file.write_text(text.replace("vocabulary = 300", tokenizer))
+    code, [found], _ = call("plan", file)
+    assert code == 0
+    _, events, _ = call("train", file)
+    planned = next(event for event in events if event["event"] == "plan")
+    assert found["peak_bytes"] == planned["plan"]["peak_bytes"]
+    file.write_text(file.read_text().replace("run/model", "none"))
+    code, lines, _ = call("plan", file)
+    assert code == 2
+    assert "none" in lines[-1]["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "setting"),
+    [
+        ("--batch-size", "64", "data.batch_size"),
+        ("--sequence-length", "64", "data.sequence_length"),
+        ("--data", "stdlib", "data.source"),
+        ("--optimizer", "sgd", "optim.name"),
+        ("--precision", "bf16", "precision.compute"),
+        ("--allow", "bitwise", "run.allow"),
+        ("--steps", "7", "run.steps"),
+        ("--device", "cpu", "run.device"),
+    ],
+)
+def test_plan_of_a_run_refuses_flags_that_it_would_ignore(here, flag, value, setting):
+    code, lines, _ = call("plan", here / "run.toml", flag, value)
+    assert code == 2
+    message = lines[-1]["error"]["message"]
+    assert f"{flag} {value} is given beside" in message
+    assert setting in message
+
+
+def test_plan_counts_weights_as_train_makes_them_whatever_the_config_says(llama, tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig.from_pretrained(llama, dtype="bfloat16").save_pretrained(tmp_path)
+    assert '"bfloat16"' in (tmp_path / "config.json").read_text()
+    args = ("--budget", "1GiB", "--sequence-length", "16")
+    (_, [half], _), (_, [full], _) = call("plan", tmp_path, *args), call("plan", llama, *args)
+    assert half["by_category"] == full["by_category"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_plan_of_what_is_no_language_model_is_bad_usage(tmp_path, kind):
+    from transformers import BertConfig, ViTConfig
+
+    if kind == "bert":
+        BertConfig(num_hidden_layers=2, architectures=["BertModel"]).save_pretrained(tmp_path)
+    else:
+        ViTConfig(architectures=["ViTForImageClassification"]).save_pretrained(tmp_path)
+    code, lines, text = call("plan", tmp_path, "--budget", "1GiB")
+    assert code == 2
+    assert "token ids" in lines[-1]["error"]["message"] or "labels" in text
+    assert "Traceback" not in text
+
+
+def test_train_refuses_a_broken_plan_file(trained, here):
+    value = json.loads((here / "run" / "plan.json").read_text())
+    (here / "bad.json").write_text(json.dumps({**value, "spans": [{"start": 0}]}))
+    code, lines, _ = call(
+        "train", here / "run.toml", "--run.directory", here / "bad", "--plan.file",
+        here / "bad.json",
+    )  # fmt: skip
+    assert code == 2
+    assert "this plan's spans cannot be read" in lines[-1]["error"]["message"]
+
+
 def test_budget_that_cannot_work_says_what_would(llama):
     code, lines, text = call("plan", llama, "--budget", "100KiB", "--sequence-length", "32")
     error = lines[-1]["error"]

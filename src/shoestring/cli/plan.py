@@ -1,7 +1,9 @@
 """`shoestring plan MODEL`: what fits into a budget and what it costs, from shapes alone.
 
 MODEL is a Hugging Face config.json, a directory with one, a model's name on the hub (only its
-config is fetched), or a run's TOML file, which is then planned exactly as `train` would. No
+config is fetched), or a run's TOML file, which is then planned exactly as `train` would: its
+settings stand in the file, so flags for them are refused beside it. Weights are planned in
+float32, whatever the config says of the saved ones, because that is how `train` makes them. No
 weights are read.
 """
 
@@ -80,9 +82,31 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
     return 0
 
 
+_IN_A_RUN = {
+    "data": "data.source",
+    "batch_size": "data.batch_size",
+    "sequence_length": "data.sequence_length",
+    "optimizer": "optim.name",
+    "precision": "precision.compute",
+    "allow": "run.allow",
+    "steps": "run.steps",
+    "device": "run.device",
+}
+"""Flags for a config, and the settings of a run that say the same."""
+
+
 def _run_config(arguments: Arguments) -> RunConfig:
     from dataclasses import replace
 
+    for name, setting in _IN_A_RUN.items():
+        value = getattr(arguments, name)
+        if value != getattr(Arguments, name):
+            flag = name.replace("_", "-")
+            raise ConfigError(
+                f"--{flag} {value} is given beside {arguments.model}",
+                expected=f"{setting} in the file: a run is planned as train would",
+                hint=f"Set {setting} in the file.",
+            )
     config = RunConfig.load(Path(arguments.model))
     budget = arguments.budget or config.run.budget
     if budget == "none":
@@ -96,20 +120,19 @@ def plan_of_run(config: RunConfig) -> Any:
     """The plan that `train` would make, without its data: rows of ids are all alike."""
     import torch
 
+    from ..data import load_tokenizer
     from ..training.distributed import world
     from ..training.optimizer import optimizer_factory
     from ..training.planning import make_plan
     from ..training.prepare import Builder, loss_function
 
-    length = config.data.sequence_length
+    length, data = config.data.sequence_length, config.data
+    tokenizer: Any = _Vocabulary(1 if config.model.name else data.vocabulary)
+    if data.tokenizer != "auto":
+        tokenizer = load_tokenizer(data.tokenizer)
     with world(config.run.device) as alone:
-        builder = Builder(
-            config.model,
-            length=length,
-            tokenizer=_Vocabulary(1 if config.model.name else config.data.vocabulary),
-            device=alone.device,
-        )
-        ids = torch.zeros(config.data.batch_size, length, dtype=torch.long, device=alone.device)
+        builder = Builder(config.model, length=length, tokenizer=tokenizer, device=alone.device)
+        ids = torch.zeros(data.batch_size, length, dtype=torch.long, device=alone.device)
         return make_plan(
             config, builder.sketch, {"input_ids": ids, "labels": ids.clone()},
             loss=loss_function(config, alone.device),
@@ -118,7 +141,7 @@ def plan_of_run(config: RunConfig) -> Any:
 
 
 class _Vocabulary:
-    """Stands for a tokenizer that is not needed yet: only its size decides bytes."""
+    """Stands for a tokenizer that does not exist yet: only its size decides bytes."""
 
     bos_token_id = eos_token_id = pad_token_id = None
 
@@ -136,10 +159,11 @@ def _plan_of_model(arguments: Arguments) -> Any:
     from ..planner import plan_config
     from ..training.distributed import pick_device
 
-    device = pick_device(arguments.device)
+    device, config = pick_device(arguments.device), _model_config(arguments.model)
+    config.dtype = torch.float32
     with torch.device(device):
         return plan_config(
-            _model_config(arguments.model),
+            config,
             batch_size=arguments.batch_size,
             sequence_length=arguments.sequence_length,
             budget=arguments.budget or "auto",

@@ -141,7 +141,8 @@ def plan_config(
     are read, nothing is allocated but one block at a time for timing.
 
     The batch is token ids with labels and a mask that is not all ones, since a trivial mask
-    would be dropped on the way and need less. Other settings as for `plan`.
+    would be dropped on the way and need less. Weights have the config's dtype, float32 where it
+    names none; to plan for another, set `config.dtype`. Other settings as for `plan`.
     """
     return planner_for_config(
         config, batch_size=batch_size, sequence_length=sequence_length, **settings
