@@ -53,6 +53,43 @@ def test_file_may_follow_flags(run_file):
 
 
 @pytest.mark.parametrize(
+    ("before", "section", "field", "value"),
+    [
+        (["--optim.lr=1e-3"], "optim", "lr", 1e-3),
+        (["--model.no-tie-word-embeddings"], "model", "tie_word_embeddings", False),
+        (["--model.tie-word-embeddings"], "model", "tie_word_embeddings", True),
+        (["--run.replace"], "run", "replace", True),
+        (["--optim.betas", "0.9", "0.95"], "optim", "betas", (0.9, 0.95)),
+        (["--run.directory", "old.toml"], "run", "directory", "old.toml"),
+        (["--plan.only", "keep", "--debug"], "plan", "only", ("keep",)),
+        (["--data.source", __file__], "data", "source", __file__),
+        (["--debug"], "optim", "lr", 0.5),
+    ],
+)
+def test_file_is_found_after_any_flag(run_file, before, section, field, value):
+    given = arguments(*before, run_file)
+    assert given.file == run_file
+    assert getattr(getattr(given.config, section), field) == value
+    assert given.config.optim.grad_clip == 2.0
+
+
+def test_file_after_a_flag_that_takes_all_is_refused(run_file):
+    with pytest.raises(ConfigError, match=r"after --plan.only, which takes all that follows"):
+        arguments("--plan.only", "keep", run_file)
+
+
+def test_file_needs_no_ending(run_file):
+    plain = Path(run_file).rename(Path(run_file).with_suffix(""))
+    given = arguments("--optim.betas", "0.9", "0.95", str(plain))
+    assert given.config.optim.grad_clip == 2.0
+
+
+def test_missing_file_after_flags_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.toml does not exist"):
+        arguments("--optim.betas", "0.9", "0.95", str(tmp_path / "none.toml"))
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--optim.lrr", "1"], "--optim.lr"),

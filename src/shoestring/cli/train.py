@@ -6,10 +6,10 @@ only the first process speaks.
 
 import os
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from tyro.conf import Positional, arg
 
@@ -35,18 +35,50 @@ class Arguments(Common):
 
 def defaults(args: Sequence[str]) -> Arguments:
     """What the flags start from: the file's settings."""
-    flags = {f"--{name}" for name in Common.__dataclass_fields__}
-    for index, word in enumerate(args):
-        takes_value = (
-            index > 0 and args[index - 1].startswith("--") and args[index - 1] not in flags
-        )
-        if word in ("-h", "--help"):
-            break
-        if not word.startswith("-") and not takes_value:
-            return Arguments(file=word, config=RunConfig.load(Path(word)))
-    if {"-h", "--help"} & set(args):
+    asks = {"-h", "--help"} & set(args)
+    word = _file(args)
+    if word is not None and (not asks or Path(word).is_file()):
+        return Arguments(file=word, config=RunConfig.load(Path(word)))
+    if asks:
         return Arguments(file="RUN.toml")
     raise ConfigError("train was given no settings", expected="shoestring train RUN.toml")
+
+
+def _file(args: Sequence[str]) -> str | None:
+    """The word that is the file: the first that is no flag's value and looks like one."""
+    kinds = {f"--{name}": bool for name in Common.__dataclass_fields__} | _kinds()
+    flag, free = "", []
+    for before, word in zip(("", *args), args, strict=False):
+        if word.startswith("-"):
+            flag = word
+        elif not _takes_value(before, kinds):
+            free.append((flag, word))
+    looks = [(f, w) for f, w in free if w.endswith(".toml") or Path(w).is_file()] or free[:1]
+    if not looks:
+        return None
+    flag, word = looks[0]
+    if str(kinds.get(flag, "")).endswith(", ...]"):
+        raise ConfigError(
+            f"{word} stands after {flag}, which takes all that follows",
+            expected=f"shoestring train {word} {flag} ...",
+        )
+    return word
+
+
+def _takes_value(word: str, kinds: Mapping[str, Any]) -> bool:
+    return word.startswith("--") and "=" not in word and kinds.get(word) is not bool
+
+
+def _kinds() -> dict[str, Any]:
+    """What each flag of a setting is made of."""
+    found: dict[str, Any] = {}
+    for section in fields(RunConfig):
+        for each in fields(cast(Any, section.type)):
+            name = each.name.replace("_", "-")
+            for flag in {f"--{section.name}.{name}", f"--{section.name}.{each.name}"}:
+                found[flag] = each.type
+            found[f"--{section.name}.no-{name}"] = each.type
+    return found
 
 
 def run(arguments: Arguments, terminal: Terminal) -> int:
