@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from shoestring.data import open_source, train_tokenizer
 from shoestring.errors import CheckpointError, ConfigError, DataError
-from shoestring.methods.reversible import is_reversible
-from shoestring.training.load import load
+from shoestring.methods.reversible import is_reversible, reversible
+from shoestring.training.load import load, load_model
 from shoestring.training.loop import train
 
 from .conftest import TEXT
@@ -167,3 +167,31 @@ def test_held_out_loss_of_a_model_that_knows_nothing_is_log_vocabulary(settings)
     bits = before["nats_per_token"] * before["tokens"] / math.log(2) / before["bytes"]
     assert before["bits_per_byte"] == pytest.approx(bits)
     assert Path(run.directory).is_dir()
+
+
+def test_a_saved_reversible_llama_is_planned_as_what_it_is(settings, llama):
+    """Trained further with the default rule: its config says that it is reversible."""
+    once = of_llama(
+        settings, llama, model={"rule": "feistel", "from_scratch": True}, run={"steps": 1}
+    )
+    saved = str(train(once).directory / "model")
+    for budget in ("200MiB", "1MiB"):
+        changes = {"steps": 2, "budget": budget, "directory": f"{once.run.directory}-{budget}"}
+        run = train(of_llama(settings, saved, run=changes))
+        assert is_reversible(run.model)
+        assert {entry["method"] for entry in run.receipt["methods"]} >= {"reversible"}
+        memory = run.receipt["memory"]
+        assert memory["measured_bytes"] == memory["promised_bytes"]
+
+
+@pytest.mark.parametrize("rule", ["midpoint", "leapfrog", "bdia", "feistel"])
+def test_what_was_made_reversible_in_16_bits_comes_back_as_the_same_function(rule, tmp_path, llama):
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype="bfloat16")
+    reversible(model, rule=rule)
+    assert model.config.shoestring["branches"]
+    model.float().save_pretrained(tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
+    assert again.config.shoestring == model.config.shoestring
+    assert torch.equal(logits(again), logits(model))
+    sketch = load_model(tmp_path / "saved", from_scratch=True)
+    assert sketch.config.shoestring == model.config.shoestring

@@ -83,9 +83,10 @@ def _build(config: Any, name: str | Path, *, from_scratch: bool) -> PreTrainedMo
     info = getattr(config, "shoestring", None)
     if from_scratch:
         config.dtype = torch.float32
-        return GPT(config) if kind is GPT else AutoModelForCausalLM.from_config(config)
-    with no_progress_bar():
-        model = kind.from_pretrained(name, config=config, dtype="float32")
+        model = GPT(config) if kind is GPT else AutoModelForCausalLM.from_config(config)
+    else:
+        with no_progress_bar():
+            model = kind.from_pretrained(name, config=config, dtype="float32")
     if info and kind is not GPT:
         remember(model, info)
     return model
@@ -95,4 +96,7 @@ def remember(model: PreTrainedModel, info: dict[str, Any]) -> None:
     """Make a loaded model's stack reversible as its config says it was."""
     scale_bits: Any = "auto" if info.get("auto") else info["scale_bits"]
     reversible(model, rule=info["rule"], streams=info["streams"], scale_bits=scale_bits)
-    model.config.shoestring["scale_bits"] = info["scale_bits"]
+    # The runners read the same dict. Branches follow the dtype the model had when it was made
+    # reversible, which is not the one it is loaded in.
+    for setting in ("scale_bits", "branches", "tuple"):
+        model.config.shoestring[setting] = info.get(setting, model.config.shoestring[setting])

@@ -18,6 +18,7 @@ from ..checkpoint import write_text
 from ..checkpoint.directory import unwritable
 from ..errors import CheckpointError
 from .config import RunConfig
+from .trackers import Trackers
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -33,6 +34,7 @@ class Record:
         self._writes = writes
         self._progress = progress if writes else None
         self._metrics: BinaryIO | None = None
+        self._trackers: Trackers | None = None
 
     def open(self, *, keep_bytes: int = 0) -> None:
         """Start writing; of an earlier metrics.jsonl that many bytes are kept."""
@@ -51,6 +53,7 @@ class Record:
                 f"the run directory {self.directory} cannot be written: {error}",
                 hint="Set run.directory to another place.",
             ) from error
+        self._trackers = Trackers(self._config, self.directory, self.tell)
 
     @property
     def num_bytes(self) -> int:
@@ -80,6 +83,8 @@ class Record:
                 self._metrics.flush()
             except OSError as error:
                 raise unwritable(self.directory / "metrics.jsonl", error) from error
+        if self._trackers is not None:
+            self._trackers.event(event, facts)
         self.tell(event, **facts)
 
     def text(self, name: str, content: str) -> None:
@@ -92,7 +97,10 @@ class Record:
         self.text(name, json.dumps(content, indent=1) + "\n")
 
     def close(self) -> None:
-        """Close metrics.jsonl."""
+        """Close metrics.jsonl and the trackers."""
+        if self._trackers is not None:
+            self._trackers.close()
+            self._trackers = None
         if self._metrics is not None:
             with contextlib.suppress(OSError):  # what could not be written was told before
                 self._metrics.close()
