@@ -230,3 +230,18 @@ def test_the_clock_of_the_wall_decides_nothing(settings, tmp_path):
     victim = Victim("train", config, tmp_path / "log", "clock_jumps")
     assert victim.wait() == 0
     assert len(victim.events("checkpoint")) == 1  # that of the end
+
+
+def test_a_copy_written_in_the_background_is_in_the_plan(settings, tmp_path):
+    shape = {"run": {"budget": "24MiB", "steps": 3}, "model": {"rule": "feistel", "dropout": 0.0}}
+    plain = train(settings(tmp_path / "plain", **shape)).receipt["memory"]
+    run = train(settings(**shape, checkpoint={"every": 1, "background": True}))
+    memory = run.receipt["memory"]
+    saved, _ = Store(tmp_path / "run" / "checkpoints").newest()
+    copied = sum(
+        tensor.nbytes
+        for file in ("model", "optimizer", "random")
+        for _, tensor in saved.tensors(f"{file}.safetensors")
+    )
+    assert memory["promised_bytes"] - plain["promised_bytes"] == copied
+    assert memory["measured_bytes"] <= memory["promised_bytes"]

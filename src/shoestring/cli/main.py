@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 VERBS = {
     "plan": "what fits into a byte budget and what it costs, before anything is allocated",
     "train": "train inside the budget, from a TOML file",
+    "resume": "go on with a run that ended early, bit for bit",
     "report": "one page of a run, or of several over one another",
     "generate": "continue a text with a trained model",
     "doctor": "versions, devices, free memory, and a short self test",
@@ -29,7 +30,7 @@ EXIT_CODES = {
     1: "failed",
     2: "bad usage, settings or data",
     3: "does not fit into the budget",
-    130: "interrupted",
+    130: "interrupted; resume goes on",
 }
 _RESTARTED = "SHOESTRING_RESTARTED"
 

@@ -23,6 +23,15 @@ _STAGES = {
     "plan": "building the model",
     "model": "held-out loss before training",
 }
+_INCIDENTS = {
+    "resumed": "going on after update {step}",
+    "skipped": "update {step} left out: {message}",
+    "out of memory": "step {step}: no more memory ({message}); going on with smaller parts",
+    "checkpoint passed over": "a checkpoint cannot be used: {message}",
+    "checkpoint failed": "no checkpoint this time, the older ones stay: {message}",
+    "tracker failed": "{tracker} gets no more numbers: {message}",
+    "report failed": "no report.html: {message}",
+}
 _LINE_EVERY_S = 10.0
 _SMOOTH = 0.9
 
@@ -62,6 +71,8 @@ class Watcher:
             self._stage(kind)
         elif kind == "evaluation":
             self._evaluation(event)
+        elif kind in _INCIDENTS:
+            self.terminal.note(_INCIDENTS[kind].format(**event))
         if kind == "plan":
             plan = event["plan"]
             if plan is not None:

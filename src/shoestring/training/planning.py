@@ -48,7 +48,7 @@ def make_plan(
     if world.is_first:
         text = plan(
             build,
-            _with_waiting(batch, config.optim.accumulate),
+            _with_waiting(batch, config, build),
             budget=_budget(config, world),
             optimizer=optimizer,
             allow=_methods(config),
@@ -65,17 +65,32 @@ def make_plan(
 _WAITING = "waiting"
 
 
-def _with_waiting(batch: Batch, accumulate: int) -> Batch:
-    """The batch with the others of its update, which lie in memory while it is learned from;
-    those of a step on CUDA wait on the host, where no budget counts them."""
+def _with_waiting(batch: Batch, config: RunConfig, build: Build) -> Batch:
+    """The batch with what lies in memory while it is learned from: the others of its update, and
+    the copy that a checkpoint in the background is written from. On CUDA both wait on the host,
+    where no budget counts them."""
     if next(iter(batch.values())).device.type != "cpu":
         return batch
     others = {
         f"{_WAITING} {i} {name}": tensor.clone()
-        for i in range(1, accumulate)
+        for i in range(1, config.optim.accumulate)
         for name, tensor in batch.items()
     }
+    if config.checkpoint.background:
+        # Only its size matters: memory that is never touched is never taken.
+        copy = torch.empty(_checkpoint_bytes(build), dtype=torch.uint8)
+        others[f"{_WAITING} for a checkpoint"] = copy
     return {**batch, **others}
+
+
+def _checkpoint_bytes(build: Build) -> int:
+    """Weights, AdamW's two states and its count of steps, and the generators' states."""
+    mode = QuickFakeMode()
+    twin = fake_model(build, mode)
+    weights = {id(tensor): tensor for tensor in twin.state_dict(keep_vars=True).values()}
+    held = sum(tensor.nbytes for tensor in weights.values())
+    trained = [p for p in twin.parameters() if p.requires_grad]
+    return held + sum(2 * p.nbytes + 4 for p in trained) + len(torch.get_rng_state())
 
 
 def _as_in_update(loss: LossFunction) -> LossFunction:
