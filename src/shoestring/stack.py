@@ -11,6 +11,7 @@ A runner stands for *one* block and keeps that block's own arguments. What spans
 lives in the executor that the runners of a span share.
 """
 
+import functools
 import inspect
 import itertools
 import logging
@@ -92,9 +93,11 @@ class Executor:
 
     It holds no module and no tensor between steps, so that deleting or copying a model needs no
     care. `always`: also runs when gradients are off (it changes the function, not only memory).
+    `compiles`: torch.compile can look into it; where it cannot, the blocks run uncompiled.
     """
 
     always: bool = False
+    compiles: bool = True
 
     def run(self, position: int, block: nn.Module, call: BlockCall) -> Any:
         """Run the block at `position` (0 = first of the span); returns what the block returns."""
@@ -149,6 +152,8 @@ class Runner:
         self.executor = executor
         self.position = position
         self.applied = applied
+        # Not a bound method: that would be a cycle.
+        self._call = Runner._run if executor.compiles else _uncompiled()
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -166,6 +171,9 @@ class Runner:
         return inspect.signature(self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self, *args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if not (torch.is_grad_enabled() or self.executor.always):
             return self.original(*args, **kwargs)
         block = self._block()
@@ -187,6 +195,13 @@ class Runner:
 
     def __reduce__(self) -> Any:
         return Runner, (self._block(), self.inner, self.executor, self.position, self.applied)
+
+
+@functools.cache
+def _uncompiled() -> Callable[..., Any]:
+    """`Runner._run` for executors that torch.compile cannot look into. Made when first needed,
+    because it loads the compiler."""
+    return torch.compiler.disable(Runner._run)
 
 
 def _less(forward: Any, applied: Applied) -> Any:

@@ -453,3 +453,36 @@ def test_restoring_a_plan_of_some_blocks_leaves_a_reversible_stack_whole(same_st
     (stack if same_stack else Stack.of(model)).restore()
     assert names_of(stack) == ["ReversibleExecutor"] * 4
     assert_same(before, step(model, tokens()))
+
+
+# ---- torch.compile -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("recompute", {}),
+        ("recompute", {"hold": (0, 2)}),
+        ("recompute", {"save": "matmuls"}),
+        ("reversible", {"keep_top": 1}),
+    ],
+    ids=["recompute", "inputs rebuilt", "matmuls saved", "reversible"],
+)
+# Dynamo looks at .grad of its inputs, which warns for those that are not leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_planned_model_can_be_compiled(name: str, settings: dict[str, Any]) -> None:
+    model: nn.Module = PlainModel()
+    if name == "reversible":
+        shoestring.reversible(model, rule="bdia", scale_bits=18)
+
+    def gradients(run: nn.Module) -> list[Tensor]:
+        model.zero_grad()
+        torch.manual_seed(3)
+        run(**tokens()).loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    plain = gradients(model)
+    apply_spans(Stack.of(model), [Span(0, 4, name, settings)])
+    torch._dynamo.reset()
+    again = gradients(torch.compile(model, backend="eager"))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))

@@ -105,6 +105,8 @@ class RecomputeExecutor(Executor):
     def __init__(self, config: RecomputeConfig) -> None:
         self.config = config
         self._walks = {(i, k): held for i, k, held in config.rebuild}
+        # Dynamo sees neither what a hidden state carries to the next block nor a policy by op.
+        self.compiles = config.hold is None and config.save == "nothing"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RecomputeExecutor":
         return type(self)(self.config)

@@ -187,6 +187,7 @@ class ReversibleExecutor(Executor):
     """
 
     always = True
+    compiles = False  # the streams travel on the hidden state, which Dynamo does not follow
 
     def __init__(
         self, info: dict[str, Any], count: int, config: ReversibleConfig = ReversibleConfig()
