@@ -314,29 +314,29 @@ def table(answer: Mapping[str, Any]) -> str:
 def sentence(rows: Mapping[str, Any]) -> str:
     """Who wins, and where checkpointing does; from the numbers, whichever way they fall."""
     best = max(rows, key=lambda n: rows[n]["longest"])
+    parts = [f"Longest: {best}, {rows[best]['longest']:,} tokens."]
     reversal = [n for n in rows if SCHEMES[n].span == "reversible"]
-    others = [n for n in rows if n not in reversal]
-    peer = max(others, key=lambda n: rows[n]["longest"])
+    others = [n for n in rows if SCHEMES[n].span == "recompute"]
+    for ours in reversal:
+        alike = [n for n in others if _additions(n) == _additions(ours)]
+        longest = max(alike, key=lambda n: rows[n]["longest"])
+        factor = rows[ours]["longest"] / rows[longest]["longest"]
+        parts.append(f"{ours} reaches {factor:.2f} x the length of {longest}.")
+        same = next(n for n in alike if not SCHEMES[n].nested)
+        seconds = rows[same]["seconds_common"] / rows[ours]["seconds_common"]
+        parts.append(f"{same} takes {seconds:.2f} x its time.")
     wins = [
-        f"{ours} reaches {rows[ours]['longest']:,} tokens and {theirs} {rows[theirs]['longest']:,}"
+        f"{theirs} than {ours}"
         for ours in reversal
         for theirs in others
         if rows[theirs]["longest"] >= rows[ours]["longest"]
     ]
-    quicker = [
-        f"{theirs} takes {rows[theirs]['seconds_common'] / rows[ours]['seconds_common']:.2f} x the "
-        f"time of {ours}"
-        for ours in reversal
-        for theirs in others
-        if SCHEMES[theirs].span == "recompute"
-        and (SCHEMES[theirs].nested, SCHEMES[theirs].chunked_loss, SCHEMES[theirs].chunked_mlp)
-        == (False, SCHEMES[ours].chunked_loss, SCHEMES[ours].chunked_mlp)
-    ]
-    return (
-        f"Longest: {best} ({rows[best]['longest']:,} tokens); the best without reversal is {peer} "
-        f"({rows[peer]['longest']:,}). Where checkpointing is at least as long: "
-        f"{'; '.join(wins) if wins else 'nowhere in this table'}. Time: {'; '.join(quicker)}."
-    )
+    parts.append(f"Checkpointing is longer: {'; '.join(wins) if wins else 'nowhere here'}.")
+    return " ".join(part[0].upper() + part[1:] for part in parts)
+
+
+def _additions(name: str) -> tuple[bool, bool]:
+    return SCHEMES[name].chunked_loss, SCHEMES[name].chunked_mlp
 
 
 def main() -> None:
@@ -344,8 +344,13 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a small network, nothing written")
     parser.add_argument("--limit", type=float, default=120, help="seconds for one real run")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the timing")
+    parser.add_argument("--table", action="store_true", help="only the table, of what is stored")
     parser.add_argument("--measure", nargs=2, metavar=("NAME", "LENGTH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.table:
+        stored = json.loads((RESULTS / "context.json").read_text())
+        (RESULTS / "table.md").write_text(table(stored))
+        return
     torch.set_num_threads(1)  # and processor time below: the same on a machine that others use
     question = SMALL if arguments.smoke else FULL
     if arguments.measure:

@@ -5,6 +5,8 @@
 kills      a run that saves after every update is killed (SIGKILL) at random moments, resumed, and
            killed again. It recovers when it goes on by itself from at least the last step that it
            had acknowledged. torch.save and DCP, overwriting one checkpoint, go through the same.
+resume     runs with dropout and accumulation, killed and resumed three times, against the same runs
+           left alone: weights, optimizer states and metrics by torch.equal.
 flips      one random bit after the other over all files of the newest checkpoint: detected when
            the older one is used. safetensors alone, torch.save and DCP read the same flips.
 disks      the disk of a run fills up at a random moment: what is left has to verify.
@@ -158,6 +160,52 @@ def _reads(name: str, place: Path, least: int) -> bool:
         return False
     weight = state["weight"]
     return bool(weight[0] >= least) and bool((weight == weight[0]).all())
+
+
+# ---- resume ------------------------------------------------------------------------------------
+
+
+def equality(folder: Path, *, steps: int) -> dict[str, Any]:
+    """Tensors and lines of a killed and resumed run that equal those of one left alone."""
+    found: dict[str, Any] = {}
+    for rule in ("residual", "feistel", "bdia", "random_sign"):
+        shape = {"run": {"steps": steps}, "model": {"rule": rule, "dropout": 0.1}}
+        whole = small(folder / f"whole-{rule}", text_source(), **shape)
+        train(whole)
+        config = small(folder / f"killed-{rule}", text_source(), **shape)
+        for life in range(4):
+            victim = Victim("resume" if life else "train", config, folder / "log")
+            if life < 3:
+                victim.wait_for("step", max(1, steps // 5))
+                victim.kill()
+            victim.wait()
+        places = [Path(each.run.directory) for each in (whole, config)]
+        mine, other = map(_state, places)
+        lines = [_lines(place) for place in places]
+        found[rule] = {
+            "tensors": len(mine),
+            "equal": sum(torch.equal(tensor, other[name]) for name, tensor in mine.items()),
+            "lines": len(lines[0]),
+            "equal_lines": sum(a == b for a, b in zip(*lines, strict=True)),
+        }
+    return {"rules": found}
+
+
+def _state(directory: Path) -> dict[str, torch.Tensor]:
+    saved, _ = Store(directory / "checkpoints").newest()
+    assert saved is not None
+    files = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
+    return {f"{file} {name}": t for file in files for name, t in saved.tensors(file)}
+
+
+def _lines(directory: Path) -> list[dict[str, Any]]:
+    clocks = ("seconds", "tokens_per_s")
+    found = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [
+        {name: value for name, value in line.items() if name not in clocks}
+        for line in found
+        if line["event"] in ("step", "evaluation")
+    ]
 
 
 # ---- flips -------------------------------------------------------------------------------------
@@ -324,6 +372,17 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             f"| killed at random moments, recovered by itself | {kill['recovered']} of "
             f"{kill['kills']} | {peers} (overwritten in place) |"
         )
+    if "resume" in found:
+        rules = found["resume"]["rules"].values()
+        sums = {
+            key: sum(rule[key] for rule in rules)
+            for key in ("tensors", "equal", "lines", "equal_lines")
+        }
+        lines.append(
+            f"| killed three times and resumed, against left alone: equal tensors, equal lines of "
+            f"metrics | {sums['equal']} of {sums['tensors']}, {sums['equal_lines']} of "
+            f"{sums['lines']} | |"
+        )
     if "flips" in found:
         flip = found["flips"]
         peers = ", ".join(f"{n} {p['detected']} of {p['flips']}" for n, p in flip["peers"].items())
@@ -354,11 +413,13 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--part", nargs="*", default=["kills", "flips", "disks", "overhead"])
+    parts = ["kills", "resume", "flips", "disks", "overhead"]
+    parser.add_argument("--part", nargs="*", default=parts)
     arguments = parser.parse_args()
     few = arguments.smoke
     sizes: dict[str, Callable[[Path], dict[str, Any]]] = {
         "kills": lambda folder: kills(folder, count=3 if few else 200),
+        "resume": lambda folder: equality(folder, steps=6 if few else 20),
         "flips": lambda folder: flips(folder, count=20 if few else 1000, peer_count=300),
         "disks": lambda folder: disks(folder, count=2 if few else 50),
         "overhead": lambda folder: overhead(

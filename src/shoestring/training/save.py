@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ..checkpoint import atomic_directory
-from ..errors import StackError
+from ..errors import CheckpointError, StackError
 from ..units import format_bytes
 
 
@@ -27,7 +28,13 @@ def save_model(model: Any, tokenizer: Any, directory: Path, *, card: str) -> Non
             expected="a transformers.PreTrainedModel, which has save_pretrained",
         )
     with atomic_directory(directory) as temporary, no_progress_bar():
-        model.save_pretrained(temporary)
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:
+            # It wraps what the system said: "I/O error: No space left on device (os error 28)".
+            raise CheckpointError(
+                f"Cannot write {directory}: {error}", hint="Free some space, or check the disk."
+            ) from error
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
