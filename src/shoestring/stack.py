@@ -11,7 +11,6 @@ A runner stands for *one* block and keeps that block's own arguments. What spans
 lives in the executor that the runners of a span share.
 """
 
-import functools
 import inspect
 import itertools
 import logging
@@ -122,6 +121,11 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
     return hidden
 
 
+# torch's own decorator for what Dynamo must not look into; torch.compiler.disable does the same,
+# but loads the compiler (a second) as soon as it is named.
+uncompiled: Callable[[Callable[..., Any]], Callable[..., Any]] = getattr(
+    torch, "_disable_dynamo", torch.compiler.disable
+)
 _orders = itertools.count()
 
 
@@ -153,7 +157,7 @@ class Runner:
         self.position = position
         self.applied = applied
         # Not a bound method: that would be a cycle.
-        self._call = Runner._run if executor.compiles else _uncompiled()
+        self._call = Runner._run if executor.compiles else _run_uncompiled
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -197,11 +201,8 @@ class Runner:
         return Runner, (self._block(), self.inner, self.executor, self.position, self.applied)
 
 
-@functools.cache
-def _uncompiled() -> Callable[..., Any]:
-    """`Runner._run` for executors that torch.compile cannot look into. Made when first needed,
-    because it loads the compiler."""
-    return torch.compiler.disable(Runner._run)
+# For executors that torch.compile cannot look into.
+_run_uncompiled = uncompiled(Runner._run)
 
 
 def _less(forward: Any, applied: Applied) -> Any:

@@ -85,7 +85,6 @@ class _DeviceGenerator(NamedTuple):
     write: Callable[[Tensor], None]
 
 
-@functools.cache
 def _generator_of(device: torch.device) -> _DeviceGenerator | None:
     """None where numbers are drawn from the CPU's generator, or none are. StackError for a device
     whose random state cannot be had: its dropout would be replayed with other masks."""

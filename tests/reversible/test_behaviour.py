@@ -346,3 +346,13 @@ def test_a_stream_of_another_shape_is_named():
     body = ReversibleStack([nn.Linear(16, 8)])
     with pytest.raises(StackError, match=r"sub-block 0 returned shape \(2, 8, 8\)"):
         body(batch(), batch())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_whole_network_may_be_compiled():
+    ours, stored = twins(2, dropout=0.2)
+    run_seeded(lambda: stored(batch()))
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="eager")
+    run_seeded(lambda: compiled(batch()))
+    assert_equal_gradients(ours, stored)

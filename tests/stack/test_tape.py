@@ -11,7 +11,7 @@ from shoestring.errors import StackError
 from shoestring.methods import apply_spans, method
 from shoestring.methods.reversible import ReversibleStack
 from shoestring.stack import Span, Stack
-from shoestring.tape import RandomState, _generator_of
+from shoestring.tape import RandomState
 
 WIDTH = 16
 
@@ -84,7 +84,6 @@ def mps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     held = {"state": torch.zeros(4, dtype=torch.uint8)}
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: held["state"].clone())
     monkeypatch.setattr(torch.mps, "set_rng_state", lambda s: held.update(state=s.clone()))
-    _generator_of.cache_clear()
     return held
 
 
@@ -100,7 +99,6 @@ def test_the_random_state_of_mps_is_seen_restored_and_left(mps: dict[str, Tensor
     with before.restored():
         assert mps["state"].sum() == 0
     assert mps["state"].sum() == 4
-    _generator_of.cache_clear()
 
 
 def test_a_device_whose_random_state_cannot_be_read_is_refused() -> None:

@@ -31,7 +31,7 @@ from ..conversion import ConversionReport, Trial, measure_conversion
 from ..errors import ConfigError, StackError, closest
 from ..ops.fixed_point import DEFAULT_SCALE_BITS, Grid
 from ..rules import RULES, Rule
-from ..stack import BlockCall, Executor, Runner, Stack, hidden_of, with_hidden
+from ..stack import BlockCall, Executor, Runner, Stack, hidden_of, uncompiled, with_hidden
 from ..streams import StreamRun
 from ..tape import RandomState, frozen_statistics
 from .base import Method, Promises
@@ -111,6 +111,7 @@ class ReversibleStack(nn.Module):
     def scale_bits(self) -> int:
         return self.grid.scale_bits
 
+    @uncompiled
     def forward(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         for name, x in (("p", p), ("q", q)):
             if not x.is_floating_point() or x.shape != q.shape:
