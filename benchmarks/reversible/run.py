@@ -1,8 +1,9 @@
-"""What does training by reversal cost, in bytes, operations, seconds and accuracy?
+"""What does training by reversal cost, in bytes, operations, seconds and accuracy; is it exact?
 
     python benchmarks/reversible/run.py [--smoke] [--part NAME ...] [--rounds N]
 
 Every row trains the network of networks.py. Parts: memory (and operations), depth, accuracy,
+equality (with stored activations, to the bit), behaviour (the checks of tests/reversible) and
 time. Times are taken in processes of their own, one for each allocator setting and number of
 threads, as medians over rounds in which every row runs once, in turn. One JSON a part goes to
 results/; table.py makes the tables of docs/methods/reversible.md from them.
@@ -18,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import behaviour
+import equality
 import tables
 import torch
 from measure import (
@@ -202,7 +205,7 @@ def save(part: str, shape: dict[str, int], numbers: dict[str, Any], *, smoke: bo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds")
-    parser.add_argument("--part", nargs="*", default=["memory", "depth", "accuracy", "time"])
+    parser.add_argument("--part", nargs="*", default=[*PARTS, "time"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--allocators", nargs="*", default=list(ALLOCATORS), choices=ALLOCATORS)
@@ -240,6 +243,10 @@ PARTS: dict[str, Callable[[dict[str, int], bool], dict[str, Any]]] = {
     "memory": lambda shape, smoke: run_memory(shape),
     "depth": lambda shape, smoke: run_depth(shape, (2, 4) if smoke else (6, 12, 24, 48, 96)),
     "accuracy": lambda shape, smoke: run_accuracy(shape, (1.0, 4.0, 8.0)),
+    "equality": lambda shape, smoke: equality.run(
+        data(shape), (2,) if smoke else (24, 48), shape["D"], SEED
+    ),
+    "behaviour": lambda shape, smoke: behaviour.run(smoke=smoke),
 }
 
 
@@ -249,6 +256,8 @@ def sizes_of(part: str, *, smoke: bool) -> dict[str, int]:
         return SMOKE
     small = {"depth": {"L": 0, "D": 128, "T": 128, "B": 2}}
     small["accuracy"] = {"L": 24, "D": 128, "T": 64, "B": 2}
+    small["equality"] = {"L": 0, "D": 128, "T": 64, "B": 2}
+    small["behaviour"] = {"L": 3, "D": 16, "T": 8, "B": 2}
     return small.get(part, FULL)
 
 
