@@ -21,7 +21,7 @@ _STAGES = {
     "start": "reading, encoding and splitting the data",
     "data": "planning: one block at a time is measured",
     "plan": "building the model",
-    "model": "held-out loss before training",
+    "before": "held-out loss before training",
 }
 _INCIDENTS = {
     "resumed": "going on after update {step}",
@@ -131,7 +131,7 @@ class Watcher:
         return share, spent * (1 - share) / share
 
     def _line(self, left: float) -> str:
-        peak = f"peak {format_bytes(self.peak_bytes)}"
+        peak = f"peak {format_bytes(self.peak_bytes) if self.peak_bytes else '-'}"
         if limit := self.last.get("plan", {}).get("limit_bytes"):
             peak += f" of {format_bytes(limit)}"
         return (

@@ -255,10 +255,16 @@ class Job:
                 expected="a checkpoint that this version wrote",
             ) from error
         restore(saved, self.model, self.optimizer, self.world)
+        self._step_seconds = [
+            line["seconds"]
+            for line in self.record.lines("step")
+            if not self._budget.tracks(line["step"])
+        ]
         self.record.line("resumed", step=self.updates, processes=self.world.size)
 
     def exercise(self) -> None:
         """Evaluate and save once while nothing can be lost; what was saved is removed again."""
+        self.record.tell("before")
         self._quality["before"] = self.evaluate()
         if self.world.is_first:
             trial = self.record.directory / ".exercise"

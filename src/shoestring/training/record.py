@@ -60,6 +60,17 @@ class Record:
         """Size of metrics.jsonl now."""
         return self._metrics.tell() if self._metrics is not None else 0
 
+    def lines(self, event: str) -> list[dict[str, Any]]:
+        """What was written so far of one event, earlier lives of the run included."""
+        if self._metrics is None:
+            return []
+        content = (self.directory / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+        found = []
+        for line in content.splitlines():
+            with contextlib.suppress(ValueError):  # a line that a crash cut short
+                found.append(json.loads(line))
+        return [line for line in found if isinstance(line, dict) and line.get("event") == event]
+
     def sync(self) -> None:
         """Have the system put on disk what was written, before a checkpoint counts on it."""
         if self._metrics is not None:
