@@ -86,6 +86,34 @@ def test_a_reversible_stack_is_planned_by_its_kept_end_with_plain_schemes_beside
     assert not any(stack.executors)
 
 
+def test_a_reversible_stack_may_hold_outputs_below_its_kept_end():
+    torch.manual_seed(0)
+    model = shoestring.reversible(llama(depth=4, width=64, vocabulary=64))
+    batch = llama_batch(4, 64, 64)
+    plans = planner(model, batch, seconds=False, allow=["reversible"], optimizer=sgd)
+    held = [c for c in plans.planner.curve if c.spans[0].config.get("hold_outputs")]
+    assert held
+    assert all(c.spans[0].config["keep_top"] + c.spans[0].config["hold_outputs"] <= 4 for c in held)
+    model(**batch).loss.backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    for choice in (held[0], held[-1]):
+        chosen = plans._plan(choice, 1 << 30)
+        chosen.apply(model)
+        optimizer = sgd(model.parameters())
+
+        def step(optimizer=optimizer):
+            model(**batch).loss.backward()
+            optimizer.step()
+
+        checked = chosen.verify(step, steps=1)
+        assert checked.measured == checked.predicted
+        assert abs(choice.peak_bytes / checked.measured - 1) < 0.03
+        pairs = zip(expected, model.parameters(), strict=True)
+        assert all(torch.equal(a, p.grad) for a, p in pairs)
+        model.zero_grad()
+
+
 def test_a_big_vocabulary_brings_in_a_method_of_the_loss(monkeypatch):
     monkeypatch.setitem(METHODS, "chunked_loss", ChunkedLoss())
     model = llama(depth=2, width=16, heads=2, vocabulary=4000)

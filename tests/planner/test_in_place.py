@@ -11,8 +11,9 @@ from torch import nn
 
 import shoestring
 from shoestring.errors import StackError
+from shoestring.methods import apply_spans
 from shoestring.planner import planner, simulate
-from shoestring.stack import Stack
+from shoestring.stack import Span, Stack
 
 
 def big(**changes):
@@ -120,10 +121,10 @@ def test_a_copy_has_the_plan_and_loses_it_on_its_own(sliced, keeping):
     assert model(**BATCH).logits is None
 
 
-def test_making_a_planned_model_reversible_is_not_undone_with_the_plan(keeping):
+def test_runners_that_took_the_place_of_a_plan_are_not_taken_out_with_it(keeping):
     model = big()
     keeping.apply(model)
-    shoestring.reversible(model)
+    apply_spans(Stack.of(model), [Span(0, 2, "recompute")])
     before = forwards(model)
     keeping.restore(model)
     assert forwards(model) == before

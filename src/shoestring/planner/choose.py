@@ -29,6 +29,8 @@ from .ways import Allow, Offer, Way, allowed, apply_ways, offer_for, patches_for
 
 NEAR = 0.03
 """How far the chain model may be off the simulation: within this of the budget, simulate."""
+HOLDS = 4
+"""Into how many steps the blocks below a kept end are cut, for those whose output is held."""
 PATCHED = 1.01
 """A loss or module method counts as this much slower than the clock says, so that it is used
 where it buys memory and never for noise."""
@@ -66,11 +68,13 @@ class Variant:
         """The schedules worth a look."""
         if not self.offer.streams:
             return [c.schedule for c in Solver(self.chain).frontier()]
-        n = len(self.chain.blocks)
+        n, holds = len(self.chain.blocks), len(self.offer.kept) > 1
         return [
-            tuple(Redone(i, i + 1) if i < n - top else Kept(i, 0) for i in range(n))
+            from_the_end(n, top, hold)
             for top in range(n + 1)
-        ]
+            for hold in (sorted({(n - top) * k // HOLDS for k in range(HOLDS + 1)})
+                         if holds else [0])
+        ]  # fmt: skip
 
     def choice(self, schedule: Schedule, floor: int) -> Choice:
         outcome = evaluate(self.chain, schedule)
@@ -81,11 +85,20 @@ class Variant:
         )  # fmt: skip
 
 
+def from_the_end(blocks: int, top: int, hold: int) -> Schedule:
+    """The last `top` blocks kept, of `hold` below them an output held, the others run again."""
+    kept, held = blocks - top, blocks - top - hold
+    return tuple(Redone(i, i + 1) if i < held else Kept(i, int(i < kept)) for i in range(blocks))
+
+
 def spans_of(schedule: Schedule, offer: Offer) -> tuple[Span, ...]:
     """The schedule as spans, neighbours run the same way in one span."""
     if offer.streams:
-        top, way = sum(isinstance(p, Kept) for p in schedule), offer.kept[0]
-        return (Span(0, len(schedule), way.method, {**way.config, "keep_top": top}),)
+        kept = [p.option for p in schedule if isinstance(p, Kept)]
+        config = {"keep_top": kept.count(0)}
+        if hold := kept.count(1):
+            config["hold_outputs"] = hold
+        return (Span(0, len(schedule), offer.kept[0].method, config),)
     spans: list[Span] = []
     run: list[Redone] = []
 
@@ -214,13 +227,14 @@ class Planner:
         return kept
 
     def _corrected(self, choices: list[Choice]) -> list[Choice]:
-        """Choices of which each keeps one block more than the last, with corrected peaks."""
-        first, last = self._off
-        steps = max(1, len(choices) - 1)
+        """Choices for a stack that is rebuilt from its end, with corrected peaks: as far off as
+        the two ends are, in the proportion of what is kept."""
+        (first, last), n = self._off, len(self.base.stack)
         return [
-            replace(c, peak_bytes=c.peak_bytes + first + (last - first) * k // steps)
-            for k, c in enumerate(choices)
-        ]
+            replace(c, peak_bytes=c.peak_bytes + first
+                    + (last - first) * c.spans[0].config["keep_top"] // n)
+            for c in choices
+        ]  # fmt: skip
 
     @cached_property
     def _off(self) -> tuple[int, int]:

@@ -3,13 +3,14 @@
 A `Way` is a method with settings. Span methods are told apart by what they declare to rebuild
 from (`promises.rebuilds`), never by name: "nothing" keeps a block's graph; "input" runs blocks
 again from held inputs, as its settings `hold` and `rebuild` say; "streams" rebuilds a whole stack
-from its end, and its setting `keep_top` says how many last blocks keep their graph. A method may
-list further settings worth trying in `variants`.
+from its end, and its setting `keep_top` says how many last blocks keep their graph (and
+`hold_outputs`, if it has that, of how many below them the output of the last branch is held). A
+method may list further settings worth trying in `variants`.
 """
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import nn
@@ -50,7 +51,8 @@ class Offer:
     """The way that runs blocks again from their inputs, or from the streams."""
     streams: bool = False
     """Whether the whole stack is rebuilt from its end: one span then, and what is kept is its
-    last `keep_top` blocks. The two ways above are those of a stack of one block."""
+    last `keep_top` blocks, or of `hold_outputs` more an output (the second way to keep, if there
+    is one). The ways above are those of a stack of one block."""
 
 
 def allowed(allow: Allow) -> list[Method]:
@@ -79,15 +81,20 @@ def offer_for(stack: Stack, methods: Iterable[Method]) -> Offer:
     spans = [m for m in methods if m.promises.applies_to == "span" and m.fits(stack) is None]
     streams = [m for m in spans if m.promises.rebuilds == "streams"]
     if streams:
-        name = streams[0].name
-        return Offer(kept=(Way(name, {"keep_top": 1}),), redo=Way(name, {"keep_top": 0}),
-                     streams=True)  # fmt: skip
+        return _streams_offer(streams[0])
     kept = [Way(m.name) for m in spans if _keeps(m)]
     redo = next((m for m in spans if m.promises.rebuilds == "input"), None)
     if redo is None:
         return Offer(kept=tuple(kept))
     kept += [Way(redo.name, dict(v)) for v in getattr(redo, "variants", ())]
     return Offer(kept=tuple(kept), redo=Way(redo.name))
+
+
+def _streams_offer(how: Method) -> Offer:
+    kept = [Way(how.name, {"keep_top": 1})]
+    if "hold_outputs" in {f.name for f in fields(how.Config)}:
+        kept.append(Way(how.name, {"keep_top": 0, "hold_outputs": 1}))
+    return Offer(kept=tuple(kept), redo=Way(how.name, {"keep_top": 0}), streams=True)
 
 
 def patches_for(model: nn.Module, methods: Iterable[Method]) -> list[tuple[Way, ...]]:
