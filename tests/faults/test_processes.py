@@ -12,7 +12,7 @@ from shoestring.training.loop import train
 from .victims import Victim
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
 def test_killed_at_random_moments_it_goes_on_from_what_was_acknowledged(settings, tmp_path, seed):
     chance = random.Random(seed)
     acknowledged, action = 0, "train"

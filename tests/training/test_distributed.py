@@ -62,6 +62,7 @@ def losses(config: RunConfig) -> list[float]:
     return [line["loss"] for line in map(json.loads, lines) if line["event"] == "step"]
 
 
+@pytest.mark.slow  # two processes that import torch
 def test_two_processes_equal_one_with_twice_the_rows(settings, tmp_path):
     shared = {"model": {"rule": "feistel"}, "evaluate": {"batches": 3}}
     one = settings(run={"directory": str(tmp_path / "one")}, data={"batch_size": 8}, **shared)

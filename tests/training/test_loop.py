@@ -81,7 +81,7 @@ def test_a_budgeted_run_keeps_its_promise_and_leaves_a_whole_directory(settings)
     assert quality["after"]["bits_per_byte"] < quality["before"]["bits_per_byte"] - 0.5
     # A uniform guess over the vocabulary, as an untrained model makes it.
     assert quality["before"]["nats_per_token"] == pytest.approx(5.77, abs=0.05)
-    assert events[:4] == ["data", "plan", "model", "evaluation"]
+    assert events[:5] == ["data", "plan", "model", "before", "evaluation"]
     assert events.count("sample") == 3
     assert events[-1] == "saved"
 

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import shutil
-import statistics
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -43,7 +42,7 @@ from .optimizer import optimizer_factory
 from .out_of_memory import can_be_split, gave_up, held_by_category, is_out_of_memory, release
 from .planning import make_plan, rows_that_fit
 from .prepare import Builder, loss_function, precision, prepare_data
-from .receipt import describe_model, environment, error_of
+from .receipt import describe_model, receipt_of
 from .record import Progress, Record
 from .save import model_card, save_model
 from .snapshot import Snapshot, restore
@@ -82,12 +81,12 @@ class Job:
         self._facts: dict[str, Any] = {}
         self._skipped_in_a_row = 0
         self._lock = Lock(self.record.directory) if world.is_first else contextlib.nullcontext()
-        self._started = time.monotonic()
-        self._began_training = self._started
+        self.started = time.monotonic()
+        self._began_training = self.started
         self._seconds_before = 0.0
-        self._step_seconds: list[float] = []
+        self.step_seconds: list[float] = []
         self._evaluated: tuple[int, HeldOut] | None = None
-        self._quality: dict[str, HeldOut | None] = {"before": None, "after": None}
+        self.quality: dict[str, HeldOut | None] = {"before": None, "after": None}
 
     def __enter__(self) -> Self:
         self._lock.__enter__()
@@ -220,7 +219,7 @@ class Job:
         # Equal weights everywhere, but every process drops out on its own.
         torch.manual_seed(seed + 1_000_003 * (self.world.rank + 1))
         self.record.tell("model", **describe_model(self.model))
-        self._budget = BudgetGuard(
+        self.budget = BudgetGuard(
             self.world.device,
             limit_bytes=self.limit_bytes if self.config.plan.guard else None,
             promised_bytes=self.plan.peak_bytes if self.plan else None,
@@ -247,25 +246,25 @@ class Job:
             self.updates, self.split = facts["step"], facts["split"]
             self._skipped_in_a_row = facts["skipped_in_a_row"]
             self._seconds_before = facts["seconds"]
-            self._quality["before"] = HeldOut(**facts["before"]) if facts["before"] else None
-            self._budget.load_state(facts["guard"])
+            self.quality["before"] = HeldOut(**facts["before"]) if facts["before"] else None
+            self.budget.load_state(facts["guard"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{saved.path} lacks what a run needs to go on ({error})",
                 expected="a checkpoint that this version wrote",
             ) from error
         restore(saved, self.model, self.optimizer, self.world)
-        self._step_seconds = [
+        self.step_seconds = [
             line["seconds"]
             for line in self.record.lines("step")
-            if not self._budget.tracks(line["step"])
+            if not self.budget.tracks(line["step"])
         ]
         self.record.line("resumed", step=self.updates, processes=self.world.size)
 
     def exercise(self) -> None:
         """Evaluate and save once while nothing can be lost; what was saved is removed again."""
         self.record.tell("before")
-        self._quality["before"] = self.evaluate()
+        self.quality["before"] = self.evaluate()
         if self.world.is_first:
             trial = self.record.directory / ".exercise"
             try:
@@ -288,7 +287,7 @@ class Job:
         if is_last and self.checkpoints.saved_step == self.updates:
             return
         self.record.sync()
-        before = self._quality["before"]
+        before = self.quality["before"]
         snapshot = Snapshot.of(
             self.model,
             self.optimizer,
@@ -301,7 +300,7 @@ class Job:
             data=self.batches.state(),
             metrics_bytes=self.record.num_bytes,
             before=before.to_json() if before else None,
-            guard=self._budget.state(),
+            guard=self.budget.state(),
             identity=self.identity,
         )
         if self.world.is_first:
@@ -333,11 +332,11 @@ class Job:
 
     def watch(self, step: int) -> AbstractContextManager[Measured]:
         """Measures one step and holds it against the budget."""
-        return self._budget.watch(
+        return self.budget.watch(
             f"step {step}",
             self.model,
             self.optimizer,
-            tracked=self._budget.tracks(step),
+            tracked=self.budget.tracks(step),
             also=self.checkpoints.copied_tensors,
         )
 
@@ -345,11 +344,11 @@ class Job:
         """One line of metrics for a step that was made."""
         self.updates = step
         self._skipped_in_a_row = 0
-        if (history := self._budget.take_history()) is not None:
+        if (history := self.budget.take_history()) is not None:
             predicted = self.plan.history if self.plan else None
             self.record.text("memory.json", memory_json(history, predicted))
-        if not self._budget.tracks(step):
-            self._step_seconds.append(measured.seconds)
+        if not self.budget.tracks(step):
+            self.step_seconds.append(measured.seconds)
         self.record.line(
             "step",
             step=step,
@@ -385,7 +384,7 @@ class Job:
 
     def _evaluate(self) -> HeldOut:
         where = f"evaluation after step {self.updates}"
-        with self._budget.watch(
+        with self.budget.watch(
             where, self.model, self.optimizer, tracked=self.updates == 0
         ) as measured:
             with precision(self.config, self.world.device):
@@ -421,7 +420,7 @@ class Job:
         self.save_checkpoint(is_last=True)
         if status == "finished":
             step, result = self._evaluated or (-1, None)
-            self._quality["after"] = result if step == self.updates else self.evaluate()
+            self.quality["after"] = result if step == self.updates else self.evaluate()
         receipt = self._save(status)
         return Run(self.record.directory, self.model, self.data.tokenizer, receipt)
 
@@ -437,7 +436,7 @@ class Job:
     def _save(self, status: str, error: str | None = None) -> dict[str, Any]:
         if self.plan is not None:
             self.plan.restore(self.model)
-        receipt = self._receipt(status, error)
+        receipt = receipt_of(self, status, error)
         if self.world.is_first:
             directory = self.record.directory / "model"
             save_model(self.model, self.data.tokenizer, directory, card=model_card(receipt))
@@ -453,45 +452,3 @@ class Job:
             write_report([self.record.directory])
         except (ShoestringError, OSError) as error:
             self.record.tell("report failed", message=str(error))
-
-    def _receipt(self, status: str, error: str | None) -> dict[str, Any]:
-        promised = self.plan.peak_bytes if self.plan else None
-        promised_s = self.plan.step_seconds if self.plan else None
-        measured = self._budget.peak_bytes
-        measured_s = statistics.median(self._step_seconds) if self._step_seconds else None
-        return {
-            "status": status,
-            "error": error,
-            "steps": self.updates,
-            "seed": self.config.run.seed,
-            "processes": self.world.size,
-            "model": describe_model(self.model),
-            "data": {
-                "source": self.config.data.source,
-                "digest": self.data.corpus.digest,
-                "tokenizer": tokenizer_digest(self.data.tokenizer),
-                "tokens": self.data.corpus.num_tokens,
-                "epochs": self.batches.epoch,
-            },
-            "memory": {
-                "budget_bytes": self.limit_bytes,
-                "promised_bytes": promised,
-                "measured_bytes": measured,
-                "error": error_of(promised, measured),
-                "promised_by_category": dict(self.plan.by_category) if self.plan else None,
-                "measured_by_category": self._budget.by_category,
-                "rss_growth_bytes": self._budget.rss_peak_bytes,
-            },
-            "seconds": {
-                "promised_step": promised_s,
-                "measured_step": measured_s,
-                "error": error_of(promised_s, measured_s),
-                "training": self.seconds,
-                "total": time.monotonic() - self._started,
-            },
-            "methods": self.plan.methods if self.plan else [],
-            "quality": {
-                when: result.to_json() if result else None for when, result in self._quality.items()
-            },
-            **environment(self.world.device),
-        }

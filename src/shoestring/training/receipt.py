@@ -5,16 +5,67 @@ Plain JSON. Bytes are bytes and seconds are seconds; what was not measured is nu
 
 import os
 import platform
+import statistics
+import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..data.tokenizer import tokenizer_digest
+
+if TYPE_CHECKING:
+    from .job import Job
+
 _LIBRARIES = ("shoestring", "torch", "transformers", "safetensors", "tokenizers")
 _ALLOCATOR = ("MALLOC_", "LD_PRELOAD", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def receipt_of(job: "Job", status: str, error: str | None) -> dict[str, Any]:
+    """The receipt of a run that ends with a status such as "finished"."""
+    promised = job.plan.peak_bytes if job.plan else None
+    promised_s = job.plan.step_seconds if job.plan else None
+    measured = job.budget.peak_bytes
+    measured_s = statistics.median(job.step_seconds) if job.step_seconds else None
+    return {
+        "status": status,
+        "error": error,
+        "steps": job.updates,
+        "seed": job.config.run.seed,
+        "processes": job.world.size,
+        "model": describe_model(job.model),
+        "data": {
+            "source": job.config.data.source,
+            "digest": job.data.corpus.digest,
+            "tokenizer": tokenizer_digest(job.data.tokenizer),
+            "tokens": job.data.corpus.num_tokens,
+            "epochs": job.batches.epoch,
+        },
+        "memory": {
+            "budget_bytes": job.limit_bytes,
+            "promised_bytes": promised,
+            "measured_bytes": measured,
+            "error": error_of(promised, measured),
+            "promised_by_category": dict(job.plan.by_category) if job.plan else None,
+            "measured_by_category": job.budget.by_category,
+            "rss_growth_bytes": job.budget.rss_peak_bytes,
+        },
+        "seconds": {
+            "promised_step": promised_s,
+            "measured_step": measured_s,
+            "error": error_of(promised_s, measured_s),
+            "training": job.seconds,
+            "total": time.monotonic() - job.started,
+        },
+        "methods": job.plan.methods if job.plan else [],
+        "quality": {
+            when: result.to_json() if result else None for when, result in job.quality.items()
+        },
+        **environment(job.world.device),
+    }
 
 
 def environment(device: torch.device) -> dict[str, Any]:
