@@ -18,7 +18,7 @@ ARGS   ?=
 TUNED   = env $$($(BIN)/python -c "from shoestring.allocator import tuned_environment as t; \
 	print(*(f'{k}={v}' for k, v in t().items()))")
 
-.PHONY: setup demo test lint types imports bench-smoke wheel clean
+.PHONY: setup demo test test-slow lint types imports bench-smoke wheel clean
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -38,6 +38,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(TUNED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+# What takes longer: the examples, groups of processes, more kills and full disks.
+test-slow: $(STAMP)
+	@$(TUNED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -37,7 +37,7 @@ def test_demo_refuses_what_it_cannot_use(args):
         demo.Arguments(**args)
 
 
-@pytest.mark.slow
+@pytest.mark.demo
 def test_demo_runs_whole(tmp_path, capsys):
     args = ["demo", "--blocks", "2", "--width", "32", "--minutes", "1.5", "--batch-size", "2"]
     assert main([*args, "--directory", str(tmp_path / "demo"), "--json"]) == 0
