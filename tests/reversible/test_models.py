@@ -473,3 +473,20 @@ def test_activations_of_thousands_are_no_reason_to_fail_the_first_forward():
         net(x).square().mean().backward()
         found.append([p.grad for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_model_converted_in_16_bits_is_the_same_function_when_loaded_in_32(tmp_path):
+    model = reversible(model_of("llama").to(torch.bfloat16), rule="midpoint")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32").train()
+    info = loaded.config.shoestring
+    reversible(loaded, rule=info["rule"], branches=info["branches"])
+    assert info["branches"]
+    assert step(loaded) == pytest.approx(float(step(model.float())), rel=1e-5)
+    by_layers = reversible(restore(loaded), rule=info["rule"])
+    assert step(by_layers) != pytest.approx(float(step(model)), rel=1e-3)
+
+
+def test_feistel_without_branches_is_refused():
+    with pytest.raises(ConfigError, match="'feistel' with branches = False"):
+        reversible(model_of("llama"), branches=False)

@@ -352,6 +352,7 @@ def reversible(
     keep_top: int = 0,
     verify: bool = False,
     scale_bits: int | Literal["auto"] = "auto",
+    branches: bool | None = None,
 ) -> nn.Module:
     """Make a model's stack reversible, in place; or build a ReversibleStack from sub-blocks.
 
@@ -362,6 +363,8 @@ def reversible(
     pretrained weights: their mean step is the ordinary one, and in eval mode the model *is* the
     plain one. `restore(model)` makes it plain again.
 
+    branches: whether each layer is two sub-blocks; None: where the rule or 16-bit weights ask for
+    it. A loaded model needs what it was trained with, whatever its dtype is now.
     What was done is recorded in `model.config.shoestring`, which save_pretrained keeps.
     Raises ConfigError (unknown rule, 16-bit streams) and StackError (no stack, a layer that
     cannot be split).
@@ -371,14 +374,20 @@ def reversible(
         return ReversibleStack(blocks, rule, streams, scale_bits, keep_top=keep_top, verify=verify)
     chosen = rule_named(rule)
     grid = Grid(streams, first_scale_bits(streams, scale_bits))
+    if chosen.name == "feistel" and branches is False:
+        raise ConfigError(
+            "rule = 'feistel' with branches = False", expected="branches = True or None"
+        )
     stack = Stack.of(model_or_blocks)
+    if branches is None:
+        branches = chosen.name == "feistel" or _is_16_bit(stack)
     _refuse_what_is_not_plain(stack)
     info: dict[str, Any] = {
         "rule": chosen.name,
         "streams": streams,
         "scale_bits": grid.scale_bits,
         "auto": scale_bits == "auto",
-        "branches": chosen.name == "feistel" or _is_16_bit(stack),
+        "branches": branches,
         "tuple": False,
     }
     trial = Trial(splits=info["branches"])
