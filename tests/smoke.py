@@ -54,7 +54,13 @@ def main() -> None:
         assert events[-1]["event"] == "done", events[-1]
         text = shoestring("generate", "run", "--prompt", "line", "--tokens", "4", cwd=here)
         assert text[-1]["text"]
-        refused = shoestring("train", "run.toml", "--run.budget", "100KiB", cwd=here, code=3)
+        shoestring("train", "run.toml", cwd=here, code=2)  # there is a run already
+        longer = shoestring("resume", "run", "--steps", "4", cwd=here)
+        assert longer[-1]["receipt"]["steps"] == 4
+        page = shoestring("report", "run", cwd=here)[-1]["report"]
+        assert "</style>" in (here / page).read_text(encoding="utf-8")
+        small = ("--run.directory", "other", "--run.budget", "100KiB")
+        refused = shoestring("train", "run.toml", *small, cwd=here, code=3)
         assert refused[-1]["error"]["smallest_bytes"] > 100 * 2**10
     print(f"smoke test passed with {package.__file__}")
 
