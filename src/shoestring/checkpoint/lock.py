@@ -4,6 +4,7 @@ The operating system holds the lock and lets it go when the process ends, howeve
 that was killed leaves nothing to clean up.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -32,7 +33,10 @@ class Lock:
             raise unwritable(self.directory, error) from error
         try:
             _take(descriptor)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                os.close(descriptor)
+                raise unwritable(path, error) from error  # a file system without locks, say
             owner = os.read(descriptor, 64).decode(errors="replace").strip()
             os.close(descriptor)
             raise CheckpointError(
