@@ -61,7 +61,7 @@ class JobConfig:
     """auto (CUDA when there is one, else CPU), cpu, cuda or cuda:N."""
     budget: str = "auto"
     """Peak bytes that training may use, such as 300MiB; auto = what the device has free, less a
-    measured margin; none = no limit, nothing is planned."""
+    margin; none = no limit, nothing is planned."""
     allow: Literal["bitwise", "exact", "unbiased", "structural"] = "exact"
     """What the planner may change about the network as given: nothing (exact), the gradient in
     expectation only (unbiased), or the network or its objective (structural)."""
