@@ -423,7 +423,7 @@ def main() -> None:
         "flips": lambda folder: flips(folder, count=20 if few else 1000, peer_count=300),
         "disks": lambda folder: disks(folder, count=2 if few else 50),
         "overhead": lambda folder: overhead(
-            folder, updates=12 if few else 155, width=64 if few else 512, every=5 if few else 50
+            folder, updates=12 if few else 105, width=64 if few else 512, every=5 if few else 50
         ),
     }
     results = Path(tempfile.mkdtemp()) if few else RESULTS

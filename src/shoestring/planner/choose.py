@@ -146,6 +146,9 @@ class Planner:
         self.offer = offer_for(self.base.stack, self.methods)
         self.timer = Timer(step)
         self._profiles: dict[str, Profile] = {}
+        # by what is done to modules, and whether the stack is stripped; then by kind of block
+        self._costs: dict[Any, dict[int, BlockCost]] = {}
+        self._times: dict[Any, dict[int, list[tuple[float, float]]]] = {}
         if not self.offer.kept:
             raise ConfigError(
                 f"allow = {allow!r} leaves no way to run the blocks of {self.base.stack!r}",
@@ -167,8 +170,11 @@ class Planner:
         """Measure the model with patches; `plain` takes away what makes its stack special."""
         twin = Twin(self.step, strip) if plain else self.base
         offer = offer_for(twin.stack, self.methods) if plain else self.offer
+        # What is done to the loss changes no block.
+        inside = tuple(w for w in patches if w.applies_to == "module")
+        known = self._costs.setdefault((inside, plain), {})
         with twin.patched(patches):
-            chain, kinds, resident = measure_chain(twin, offer)
+            chain, kinds, resident = measure_chain(twin, offer, known)
         return Variant(
             patches=patches, twin=twin, offer=offer, chain=chain, kinds=kinds,
             resident=resident + self.state_bytes,
@@ -186,10 +192,10 @@ class Planner:
         if not self.timed:
             return variant
         ways = [*variant.offer.kept, *([variant.offer.redo] if variant.offer.redo else [])]
-        times = {
-            kind: self.timer.block(self.base, variant.twin, kind, ways, variant.patches)
-            for kind in sorted(set(variant.kinds))
-        }
+        inside = tuple(w for w in variant.patches if w.applies_to == "module")
+        times = self._times.setdefault((inside, variant.twin is not self.base), {})
+        for kind in sorted(set(variant.kinds) - set(times)):
+            times[kind] = self.timer.block(self.base, variant.twin, kind, ways, inside)
         blocks = []
         for block, kind in zip(variant.chain.blocks, variant.kinds, strict=True):
             blocks.append(timed_block(block, times[kind]))

@@ -372,10 +372,18 @@ def _shape(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def measure_chain(twin: Twin, offer: Offer) -> tuple[Chain, list[int], int]:
-    """(chain with bytes, and work in place of seconds; kind of each block; resident bytes)."""
+def measure_chain(
+    twin: Twin, offer: Offer, known: dict[int, BlockCost] | None = None
+) -> tuple[Chain, list[int], int]:
+    """(chain with bytes, and work in place of seconds; kind of each block; resident bytes).
+
+    known: costs by kind that were measured before, with the same blocks; more are put in.
+    """
     kinds = twin.kinds()
-    costs = {kind: _block_cost(twin, kind, offer) for kind in sorted(set(kinds))}
+    known = {} if known is None else known
+    for kind in sorted(set(kinds) - set(known)):
+        known[kind] = _block_cost(twin, kind, offer)
+    costs = dict(known)
     resident, turn_peak, turn_gradients = twin.turn()
     if offer.streams:
         # What a stack of one holds for backward is its pair of streams: there once, at any depth.

@@ -36,6 +36,11 @@ class Way:
         settings = ", ".join(f"{k}={v}" for k, v in self.config.items())
         return f"{self.method}({settings})" if settings else self.method
 
+    @property
+    def applies_to(self) -> str:
+        """What it is done to: "span", "loss" or "module"."""
+        return method(self.method).promises.applies_to
+
     def executor(self, stack: Stack, start: int, stop: int) -> Executor:
         how = method(self.method)
         return how.executor(stack, start, stop, how.configure(self.config))
