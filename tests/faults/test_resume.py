@@ -84,7 +84,11 @@ def broken(cut_off, tmp_path) -> Path:
     "sections",
     [
         {"model": {"rule": "residual"}, "precision": {"compute": "bf16"}},
-        {"model": {"rule": "feistel"}, "run": {"budget": "24MiB"}},
+        {
+            "model": {"rule": "feistel"},
+            "run": {"budget": "24MiB"},
+            "plan": {"only": ("reversible",)},
+        },
         {"model": {"rule": "bdia"}, "checkpoint": {"every": 2, "background": True}},
         {"model": {"rule": "random_sign"}, "checkpoint": {"every": 3}},
     ],
@@ -197,7 +201,8 @@ def test_what_may_change_does(settings, broken):
 
 
 def test_a_smaller_budget_than_the_plan_is_refused(settings, tmp_path):
-    config = settings(run={"budget": "24MiB"}, model={"rule": "feistel"})
+    only = {"only": ("reversible",)}
+    config = settings(run={"budget": "24MiB"}, model={"rule": "feistel"}, plan=only)
     with pytest.raises(CutError):
         train(config, progress=cut_at(3))
     file = tmp_path / "run" / "config.toml"
@@ -233,7 +238,10 @@ def test_the_clock_of_the_wall_decides_nothing(settings, tmp_path):
 
 
 def test_a_copy_written_in_the_background_is_in_the_plan(settings, tmp_path):
-    shape = {"run": {"budget": "24MiB", "steps": 3}, "model": {"rule": "feistel", "dropout": 0.0}}
+    shape = {
+        "run": {"budget": "24MiB", "steps": 3}, "plan": {"only": ("reversible",)},
+        "model": {"rule": "feistel", "dropout": 0.0},
+    }  # fmt: skip
     plain = train(settings(tmp_path / "plain", **shape)).receipt["memory"]
     run = train(settings(**shape, checkpoint={"every": 1, "background": True}))
     memory = run.receipt["memory"]

@@ -128,7 +128,11 @@ def test_a_step_over_its_budget_saves_what_it_made(settings, tmp_path):
     from shoestring.errors import OutOfBudget
     from shoestring.planner import Plan
 
-    config = settings(run={"budget": "24MiB"}, model={"rule": "residual", "dropout": 0.0})
+    config = settings(
+        run={"budget": "24MiB"},
+        model={"rule": "residual", "dropout": 0.0},
+        plan={"only": ("keep",)},
+    )
     train(config)
     text = (tmp_path / "run" / "plan.json").read_text()
     plan = json.loads(text)

@@ -169,6 +169,7 @@ def test_held_out_loss_of_a_model_that_knows_nothing_is_log_vocabulary(settings)
     assert Path(run.directory).is_dir()
 
 
+@pytest.mark.slow  # three runs, two of them planned
 def test_a_saved_reversible_llama_is_planned_as_what_it_is(settings, llama):
     """Trained further with the default rule: its config says that it is reversible."""
     once = of_llama(
