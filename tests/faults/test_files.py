@@ -1,5 +1,6 @@
 """Files that changed behind a run's back, and files from somebody else."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,11 +16,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import shoestring
-from shoestring.checkpoint import MANIFEST, Store, read_manifest, verify
+from shoestring.checkpoint import (
+    MANIFEST,
+    Lock,
+    Store,
+    directory,
+    read_manifest,
+    verify,
+    write_text,
+)
 from shoestring.checkpoint.tensors import DTYPES, read_tensors, write_tensors
 from shoestring.errors import CheckpointError
 from shoestring.models.gpt import GPT, GPTConfig
 from shoestring.training.distributed import World
+from shoestring.training.load import load_model
 from shoestring.training.loop import resume
 from shoestring.training.snapshot import restore
 
@@ -189,6 +199,99 @@ def test_a_pickle_is_refused_and_never_opened(tmp_path, content):
     (tmp_path / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"pickle.*never"):
         shoestring.load(tmp_path)
+
+
+def test_no_safetensors_beside_a_pickle_make_it_readable(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 8}')
+    (model / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
+    (model / "other.safetensors").write_bytes(b"")
+    for read in (shoestring.load, load_model):
+        with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle.*never"):
+            read(model)
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle.*never"):
+        shoestring.load(tmp_path)  # what is read is below a run directory
+    index = model / "model.safetensors.index.json"
+    index.write_text('{"metadata": {}, "weight_map": {"a": "pytorch_model.bin"}}')
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle.*never"):
+        load_model(model)
+    index.write_text("[]")
+    with pytest.raises(CheckpointError, match=r"index.json cannot be read"):
+        load_model(model)
+    index.unlink()
+    (model / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"no safetensors weights; a pickle is refused"):
+        load_model(model)
+
+
+# ---- names that are links, pipes or leftovers ---------------------------------------------------
+
+
+def test_a_lock_that_is_a_link_is_not_written_through(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(victim)
+    with pytest.raises(CheckpointError, match=r"\.lock is a symbolic link"), Lock(tmp_path / "run"):
+        pass
+    assert victim.read_text() == "precious"
+
+
+def test_a_text_is_never_written_through_a_link_and_leftovers_go(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".a.json.new").symlink_to(victim)
+    (tmp_path / ".a.json.new-stale").write_text("half")
+    held = directory._own_file(tmp_path / "a.json")  # another writer, alive
+    write_text(tmp_path / "a.json", "whole")
+    assert (tmp_path / "a.json").read_text() == "whole"
+    assert victim.read_text() == "precious"
+    assert sorted(tmp_path.glob(".a.json.new-*")) == [held[1]]
+    os.close(held[0])
+    with pytest.raises(CheckpointError, match="Cannot write"):
+        write_text(tmp_path / "a.json", "\ud800")
+    write_text(tmp_path / "a.json", "again")
+    assert list(tmp_path.glob(".a.json.new-*")) == []
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~directory._umask()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_pipe_or_a_directory_for_a_manifest_is_refused_and_not_read(tmp_path):
+    os.mkfifo(tmp_path / MANIFEST)
+    with pytest.raises(CheckpointError, match="it is no file"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / MANIFEST).mkdir()
+    with pytest.raises(CheckpointError, match="it is no file"):
+        read_manifest(tmp_path)
+
+
+def test_every_new_directory_is_flushed_into_its_parent(tmp_path, monkeypatch):
+    flushed = []
+    real = directory._flush
+    monkeypatch.setattr(directory, "_flush", lambda path: (flushed.append(path), real(path)))
+    saved(tmp_path / "runs" / "mine", 1)
+    assert flushed[:3] == [tmp_path, tmp_path / "runs", tmp_path / "runs" / "mine"]
+
+
+def test_a_sweep_takes_what_killed_writers_left_and_nothing_else(tmp_path):
+    store = saved(tmp_path, 1, 2)
+    (store.directory / ".step-3.new-abc").mkdir()
+    (store.directory / ".step-3.new-abc" / "half").write_text("")
+    (store.directory / ".step-1.old").mkdir()
+    store.sweep()
+    assert sorted(path.name for path in store.directory.iterdir()) == [
+        ".step-1.old", "step-1", "step-2"
+    ]  # fmt: skip
+    Store(tmp_path / "none").sweep()
+
+
+def test_a_full_disk_is_told_where_nothing_exists_yet(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    error = directory.unwritable(tmp_path / "a" / "b" / "c", full)
+    assert "No room to write" in str(error)
+    assert "free" in str(error)
 
 
 # ---- manifests from anywhere -------------------------------------------------------------------

@@ -352,3 +352,47 @@ def test_any_sample_is_shown_as_text(sample):
 def test_a_run_that_cannot_be_written_to_says_so(run, tmp_path):
     with pytest.raises(ShoestringError, match=r"[Cc]annot .*write|cannot be written"):
         write_report([run()], tmp_path / "no" / "such" / "folder.html")
+
+
+# ---- runs that went on, and settings that no page can hold --------------------------------------
+
+
+def test_a_receipt_of_an_earlier_stop_is_not_the_end_of_the_run(run):
+    earlier = receipt() | {"steps": 30}
+    found = read(run(receipt_json=json.dumps(earlier)))
+    assert "to update 50, and has not ended" in found.text
+    assert "badge early" in [a.get("class") for _, a in found.elements]
+    assert "went on after this receipt" in found.text
+    assert "finished" not in found.text
+    # Steps of an earlier life beyond the stop are no sign of it: the last line counts.
+    lines = [*metrics(50), metrics(50)[31]]
+    directory = run("back", receipt_json=json.dumps(earlier),
+                    metrics_jsonl="".join(json.dumps(line) + "\n" for line in lines))  # fmt: skip
+    assert not read_run(directory).went_on
+
+
+def test_no_plan_is_a_budget_of_none_only_where_the_settings_say_so(run):
+    config = files()["config.toml"]
+    gone = {"plan_json": None, "receipt_json": None, "metrics_jsonl": None}
+    found = read(run("planned", config_toml=config, **gone)).text
+    assert "run.budget = none" not in found
+    assert "There is no plan.json" in found
+    free = config.replace('"30MiB"', '"none"')
+    assert "run.budget = none" in read(run("free", config_toml=free, **gone)).text
+
+
+@pytest.mark.parametrize("seed", ["9" * 5000, "0x" + "f" * 5000])
+def test_a_seed_of_thousands_of_digits_still_makes_a_page(run, seed):
+    directory = run(config_toml=f"[run]\nseed = {seed}\nlist = [{seed}]\ntable = {{a = {seed}}}\n")
+    markup = write_report([directory]).read_text(encoding="utf-8")
+    assert "config.toml cannot be read" in markup or "too long to be written" in markup
+    write_report([directory, run("other")], directory / "both.html")
+
+
+def test_a_value_error_of_the_page_is_a_checkpoint_error(run, monkeypatch):
+    def broken(runs):
+        raise ValueError("what nobody thought of")
+
+    monkeypatch.setattr("shoestring.report.page", broken)
+    with pytest.raises(CheckpointError, match="no page can be made of mine: what nobody"):
+        write_report([run()])

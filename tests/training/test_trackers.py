@@ -82,6 +82,19 @@ def test_a_tracker_that_fails_is_told_once_and_left_out(settings, monkeypatch):
     ]
 
 
+def test_a_tracker_that_cannot_start_is_told_and_left_out(settings, monkeypatch, tmp_path):
+    def unreachable(config, directory):
+        raise OSError("no network")
+
+    monkeypatch.setitem(trackers.KINDS, "wandb", unreachable)
+    told = []
+    config = settings(track={"to": ("wandb",)})
+    found = trackers.Trackers(config, tmp_path, lambda event, **facts: told.append((event, facts)))
+    found.event("step", {"step": 1, "loss": 1.0})
+    found.close()
+    assert told == [("tracker failed", {"tracker": "wandb", "message": "no network"})]
+
+
 def test_an_unknown_tracker_is_refused():
     with pytest.raises(ConfigError, match=r"track.to = 'mlflow'.*tensorboard, trackio, wandb"):
         TrackConfig(to=("mlflow",))

@@ -8,8 +8,10 @@ weights are safetensors, everything else is text.
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,9 +32,9 @@ def atomic_directory(path: str | Path, known: Mapping[str, str] | None = None) -
     """
     final = Path(path)
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(final.parent)
         # What a killed process left behind; a run has one writer, so nobody is using it.
-        for stale in final.parent.glob(f".{final.name}.new-*"):
+        for stale in final.parent.glob(f".{glob.escape(final.name)}.new-*"):
             shutil.rmtree(stale, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.new-", dir=final.parent))
     except OSError as error:
@@ -53,19 +55,52 @@ def atomic_directory(path: str | Path, known: Mapping[str, str] | None = None) -
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a small text file so that a reader sees the old text or the new, never a part."""
+    """Write a small text file so that a reader sees the old text or the new, never a part.
+
+    Any number of writers may do so at once: each has a file of its own until it is renamed.
+    """
     final = Path(path)
-    temporary = final.with_name(f".{final.name}.new")
+    temporary: Path | None = None
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        content = text.encode()
+        _sweep_files(final)
+        descriptor, temporary = _own_file(final)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
             file.flush()
+            # mkstemp makes the file private to its owner; what others may read is for umask.
+            temporary.chmod(0o666 & ~_umask())
             os.fsync(file.fileno())
-        temporary.replace(final)
+            if os.name != "nt":  # still held, so that nobody takes it for a leftover
+                temporary.replace(final)
+        if os.name == "nt":  # where nothing open can be renamed
+            temporary.replace(final)
+        temporary = None
         _flush(final.parent)
+    except UnicodeError as error:
+        raise CheckpointError(
+            f"Cannot write {final}: {error}", expected="text that UTF-8 can hold"
+        ) from error
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise unwritable(final, error) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and what is missing above it, so that a power cut takes none of them."""
+    made = []
+    place = path
+    while not place.exists() and place != place.parent:
+        made.append(place)
+        place = place.parent
+    path.mkdir(parents=True, exist_ok=True)
+    for each in reversed(made):
+        # A directory may let its entries be made and not be read: it is then not ours to flush.
+        with contextlib.suppress(PermissionError):
+            _flush(each.parent)
 
 
 def newest_complete(path: str | Path) -> Path:
@@ -73,6 +108,32 @@ def newest_complete(path: str | Path) -> Path:
     final = Path(path)
     old = _old(final)
     return old if not final.exists() and old.exists() else final
+
+
+def _own_file(final: Path) -> tuple[int, Path]:
+    """A new file beside `final`, open and held."""
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{final.name}.new-", dir=final.parent)
+        _hold(descriptor)
+        if os.name == "nt" or os.fstat(descriptor).st_nlink:
+            return descriptor, Path(name)
+        os.close(descriptor)  # swept away by another writer before it was held
+
+
+def _sweep_files(final: Path) -> None:
+    """Remove what killed writers of `final` left behind; a living one holds its file."""
+    for stale in final.parent.glob(f".{glob.escape(final.name)}.new-*"):
+        with contextlib.suppress(OSError):
+            if stale.is_symlink() or not stale.is_file():
+                continue  # nothing that a writer makes
+            descriptor = os.open(stale, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                if _hold(descriptor) and os.name != "nt":
+                    stale.unlink()
+            finally:
+                os.close(descriptor)
+            if os.name == "nt":  # where the system itself refuses to remove what is open
+                stale.unlink()
 
 
 def _swap(temporary: Path, final: Path) -> None:
@@ -108,6 +169,23 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+if sys.platform == "win32":
+
+    def _hold(descriptor: int) -> bool:
+        return True
+
+else:
+    import fcntl
+
+    def _hold(descriptor: int) -> bool:
+        """Whether nobody else holds the file; False too on a file system without locks."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -117,6 +195,13 @@ def _umask() -> int:
 def unwritable(path: Path, error: OSError) -> CheckpointError:
     """What to say when the system refuses to write `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = format_bytes(shutil.disk_usage(path.parent).free)
-        return CheckpointError(f"No room to write {path}: {free} free", hint="Free some space.")
+        return CheckpointError(f"No room to write {path}: {_free(path)}", hint="Free some space.")
     return CheckpointError(f"Cannot write {path}: {error}", hint="Choose another directory.")
+
+
+def _free(path: Path) -> str:
+    """The room on the disk of `path`, of which nothing need exist yet."""
+    for place in path.absolute().parents:
+        with contextlib.suppress(OSError):
+            return f"{format_bytes(shutil.disk_usage(place).free)} free"
+    return "the disk is full"

@@ -6,13 +6,14 @@ that was killed leaves nothing to clean up.
 
 import errno
 import os
+import stat
 import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from ..errors import CheckpointError
-from .directory import unwritable
+from .directory import make_directory, unwritable
 
 _NAME = ".lock"
 
@@ -27,10 +28,17 @@ class Lock:
     def __enter__(self) -> Self:
         path = self.directory / _NAME
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            make_directory(self.directory)
+            # What is written here must not go where a link in somebody's directory points.
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+            descriptor = os.open(path, flags, 0o644)
         except OSError as error:
+            if error.errno == errno.ELOOP and path.is_symlink():
+                raise _no_file(path, "a symbolic link") from error
             raise unwritable(self.directory, error) from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise _no_file(path, "a pipe or a device")
         try:
             _take(descriptor)
         except OSError as error:
@@ -59,6 +67,10 @@ class Lock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _no_file(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(f"{path} is {found}", expected="a file", hint="Remove it.")
 
 
 if sys.platform == "win32":

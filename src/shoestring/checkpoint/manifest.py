@@ -61,6 +61,8 @@ def read_manifest(directory: Path) -> dict[str, Entry] | None:
         raise _bad(path, "it is a symbolic link")
     if not path.exists():
         return None
+    if not path.is_file():
+        raise _bad(path, "it is no file")  # to read a pipe would wait for ever
     try:
         if path.stat().st_size > _LARGEST_MANIFEST:
             raise _bad(path, f"it has {format_bytes(path.stat().st_size)}")

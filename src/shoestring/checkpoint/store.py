@@ -24,6 +24,7 @@ from .tensors import read_tensors, write_tensors
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{1,15})")
 _OLD = re.compile(r"\.step-(\d{1,15})\.old")
+_UNFINISHED = re.compile(r"\.step-\d{1,15}\.new-.+")
 _LARGEST_JSON = 64 << 20
 
 
@@ -105,6 +106,15 @@ class Store:
                     path.rename(target)
                 except OSError as error:
                     log.warning("%s cannot be renamed: %s", path, error)
+
+    def sweep(self) -> None:
+        """Remove what killed writers left unfinished. Only for who holds the run's lock: to
+        anybody else it could be what a living writer is at."""
+        if not self.directory.is_dir():
+            return
+        for path in self.directory.iterdir():
+            if _UNFINISHED.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
         """Remove all of them."""

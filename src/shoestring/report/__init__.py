@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError, ShoestringError
 from .page import page
 from .run import RunRecord, read_run
 
@@ -30,7 +30,17 @@ def write_report(directories: Sequence[Path], out: Path | None = None) -> Path:
         out = runs[0].directory / NAME if len(runs) == 1 else Path(NAME)
     elif out.is_dir():
         raise ConfigError(f"{out} is a directory", expected="the name of a file to write")
-    write_text(out, page(runs))
+    try:
+        text = page(runs)
+    except ValueError as error:
+        # Whatever somebody wrote into a run's files is no reason for a traceback.
+        if isinstance(error, ShoestringError):
+            raise
+        raise CheckpointError(
+            f"no page can be made of {', '.join(run.name for run in runs)}: {error}",
+            expected="run directories as `shoestring train` makes them",
+        ) from error
+    write_text(out, text)
     return out
 
 

@@ -166,7 +166,14 @@ def _value(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, list):
         return ", ".join(map(_value, value)) or DASH
-    return _cut(str(value)) or DASH
+    return _cut(_words(value)) or DASH
+
+
+def _words(value: Any) -> str:
+    try:
+        return str(value)
+    except ValueError:  # Python writes no integer of more than some thousands of digits
+        return "a number too long to be written"
 
 
 def _differences(drawn: Sequence[Drawn]) -> Html:
@@ -213,13 +220,13 @@ def _machine(run: RunRecord) -> dict[str, str]:
         for key, value in mapping(run.receipt, section).items():
             if isinstance(value, Mapping):
                 value = ", ".join(f"{k}={v}" for k, v in value.items())
-            found[key] = "" if value is None else _cut(str(value))
+            found[key] = "" if value is None else _cut(_words(value))
     for key in ("processes", "seed"):
         if (value := number(run.receipt, key)) is not None:
             found[key] = f"{value:.0f}"
     for key in ("digest", "tokenizer"):
         if (digest := dig(run.receipt, "data", key)) is not None:
-            found[f"data: {key}"] = _cut(str(digest))
+            found[f"data: {key}"] = _cut(_words(digest))
     return found
 
 

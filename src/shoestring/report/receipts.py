@@ -7,7 +7,7 @@ from ..units import format_bytes, format_seconds
 from .charts import percent, swatch
 from .markup import Html, join, tag
 from .run import RunRecord, number, text
-from .summary import Pair, Summary, summary_of
+from .summary import WENT_ON, Pair, Summary, summary_of
 
 DASH = Html("&ndash;")
 ARROW = Html("&rarr;")
@@ -53,7 +53,7 @@ def _last_part(source: str | None) -> str | None:
 
 def badge(summary: Summary) -> Html:
     """How the run ended."""
-    kind = {"finished": "good", "interrupted": "early"}.get(summary.status, "bad")
+    kind = {"finished": "good", "interrupted": "early", WENT_ON: "early"}.get(summary.status, "bad")
     return tag("span", summary.status, cls=f"badge {kind}")
 
 

@@ -5,6 +5,7 @@ or hold something else than it should. Nothing of that stops the report. What ca
 left out and named in `missing`, for the page to say.
 """
 
+import dataclasses
 import json
 import math
 import tomllib
@@ -42,7 +43,8 @@ class Steps:
 class RunRecord:
     """One run. config, plan, receipt, memory: as read, empty where there is none; take from them
     with `dig`, `number` and `text`. incidents: events that no smooth run has, such as that it
-    was resumed. missing: what a reader should know is not there."""
+    was resumed. last_step: the update of the last line of a step, which may be neither the highest
+    nor that of the receipt. missing: what a reader should know is not there."""
 
     directory: Path
     config: Mapping[str, Any]
@@ -50,6 +52,7 @@ class RunRecord:
     receipt: Mapping[str, Any]
     memory: Mapping[str, Any]
     steps: Steps
+    last_step: float | None
     evaluations: tuple[Mapping[str, Any], ...]
     samples: tuple[Mapping[str, Any], ...]
     incidents: tuple[Mapping[str, Any], ...]
@@ -59,6 +62,12 @@ class RunRecord:
     def name(self) -> str:
         """The directory's own name."""
         return self.directory.name or str(self.directory)
+
+    @property
+    def went_on(self) -> bool:
+        """Whether updates were made after the receipt was written, and no receipt since."""
+        at = number(self.receipt, "steps")
+        return at is not None and self.last_step is not None and self.last_step > at
 
 
 def read_run(directory: Path) -> RunRecord:
@@ -71,22 +80,40 @@ def read_run(directory: Path) -> RunRecord:
         return _read(directory / name, parse, meaning, missing)
 
     receipt = read("receipt.json", json.loads, "the run has not ended, or was killed before it did")
-    plan = read("plan.json", json.loads, "nothing was planned (run.budget = none)")
     config = read("config.toml", tomllib.loads, "the settings are not known")
+    plan = read("plan.json", json.loads, _why_no_plan(config))
     memory = read("memory.json", json.loads, "it is written after the second step")
-    steps, events = _metrics(directory / "metrics.jsonl", missing)
-    return RunRecord(
+    steps, last_step, events = _metrics(directory / "metrics.jsonl", missing)
+    record = RunRecord(
         directory=directory,
         config=config,
         plan=plan,
         receipt=receipt,
         memory=memory,
         steps=steps,
+        last_step=last_step,
         evaluations=tuple(_by_step(events, "evaluation")),
         samples=tuple(_by_step(events, "sample")),
         incidents=tuple(each for each in events if each.get("event") not in _EXPECTED),
         missing=tuple(missing),
     )
+    if not record.went_on:
+        return record
+    at = number(receipt, "steps") or 0.0
+    stale = (
+        f"receipt.json is of an earlier stop, at update {at:,.0f}: the run went on after this "
+        f"receipt, to update {last_step:,.0f}, and has not ended, or was killed before it did."
+    )
+    return dataclasses.replace(record, missing=(stale, *missing))
+
+
+def _why_no_plan(config: Mapping[str, Any]) -> str:
+    budget = text(config, "run", "budget")
+    if budget == "none":
+        return "nothing was planned (run.budget = none)"
+    if budget is None:
+        return "nothing was planned, or the file was removed"
+    return "nothing was planned before the run stopped, or the file was removed"
 
 
 def dig(value: Any, *path: str) -> Any:
@@ -172,12 +199,13 @@ def _read(
     return found
 
 
-def _metrics(path: Path, missing: list[str]) -> tuple[Steps, list[Mapping[str, Any]]]:
-    """The steps as columns, and all other events. A step that was made twice, before and after
-    a run went on from a checkpoint, counts as it was made last."""
+def _metrics(path: Path, missing: list[str]) -> tuple[Steps, float | None, list[Mapping[str, Any]]]:
+    """The steps as columns, the step of the last line, and all other events. A step that was
+    made twice, before and after a run went on from a checkpoint, counts as it was made last."""
     rows: dict[float, tuple[float, ...]] = {}
     events: list[Mapping[str, Any]] = []
     bad: list[int] = []
+    last: float | None = None
     count = 0
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
@@ -188,6 +216,7 @@ def _metrics(path: Path, missing: list[str]) -> tuple[Steps, list[Mapping[str, A
                 elif event.get("event") != "step":
                     events.append(event)
                 elif (step := number(event, "step")) is not None:
+                    last = step
                     rows[step] = tuple(_or_nan(event, name) for name in COLUMNS)
     except OSError as error:
         missing.append(f"metrics.jsonl cannot be read ({_brief(error)}): there are no curves.")
@@ -201,7 +230,7 @@ def _metrics(path: Path, missing: list[str]) -> tuple[Steps, list[Mapping[str, A
     steps = _columns(rows)
     if rows and (without := sum(map(math.isnan, steps["loss"]))):
         missing.append(f"{without:,} of the {len(steps):,} steps have no finite loss.")
-    return steps, events
+    return steps, last, events
 
 
 def _event(line: str) -> Mapping[str, Any] | None:

@@ -9,6 +9,9 @@ from typing import Any
 
 from .run import RunRecord, dig, mapping, number, text
 
+WENT_ON = "went on after this receipt"
+"""The status of a run that was resumed, and killed before it could write another receipt."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
@@ -47,12 +50,19 @@ def summary_of(run: RunRecord) -> Summary:
     """What a run promised and what came of it."""
     receipt, plan = run.receipt, run.plan
     has_receipt = bool(receipt)
+    highest = max(run.steps.step, default=0)
     first, last = _evaluations(run)
     promised = _first(number(receipt, "memory", "promised_bytes"), number(plan, "peak_bytes"))
     return Summary(
-        status=text(receipt, "status") or ("unknown" if has_receipt else "no receipt"),
+        status=(
+            WENT_ON
+            if run.went_on
+            else text(receipt, "status") or ("unknown" if has_receipt else "no receipt")
+        ),
         error=text(receipt, "error"),
-        updates=int(_first(number(receipt, "steps"), max(run.steps.step, default=0)) or 0),
+        updates=int(
+            (run.last_step if run.went_on else _first(number(receipt, "steps"), highest)) or 0
+        ),
         budget_bytes=_first(
             number(receipt, "memory", "budget_bytes"), number(plan, "budget_bytes")
         ),
@@ -70,7 +80,7 @@ def summary_of(run: RunRecord) -> Summary:
         ),
         total_s=number(receipt, "seconds", "total"),
         before=mapping(receipt, "quality", "before") or first,
-        after=mapping(receipt, "quality", "after") or last,
+        after=(run.went_on and last) or mapping(receipt, "quality", "after") or last,
         promised_by_category=_bytes(
             dig(receipt, "memory", "promised_by_category") or dig(plan, "by_category")
         ),

@@ -4,6 +4,7 @@ A manifest is verified before anything is read from the files it names. Which ru
 trained with is in its config, and is put back in place.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from ..errors import CheckpointError, ConfigError
 from ..methods.reversible import reversible
 from ..models.gpt import GPT, GPTConfig
 from .save import no_progress_bar
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_LARGEST_INDEX = 64 << 20
 
 
 def load(run_or_model_dir: str | Path) -> tuple[PreTrainedModel, Any]:
@@ -29,15 +34,17 @@ def load(run_or_model_dir: str | Path) -> tuple[PreTrainedModel, Any]:
         return model, None
     from transformers import AutoTokenizer
 
-    return model, AutoTokenizer.from_pretrained(directory)
+    return model, AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 def model_directory(path: Path) -> Path:
     """Where the model is: `path` itself, or `model` below a run directory."""
+    if not path.is_file():
+        for candidate in (newest_complete(path / "model"), newest_complete(path)):
+            if (candidate / "config.json").is_file() or (candidate / MANIFEST).is_file():
+                _refuse_pickles(candidate)
+                return candidate
     _refuse_pickles(path)
-    for candidate in (newest_complete(path / "model"), newest_complete(path)):
-        if (candidate / "config.json").is_file() or (candidate / MANIFEST).is_file():
-            return candidate
     raise CheckpointError(
         f"there is no model in {path}" if path.exists() else f"{path} does not exist",
         expected="a run directory with model/, or a directory with config.json",
@@ -47,20 +54,45 @@ def model_directory(path: Path) -> Path:
 
 def _refuse_pickles(path: Path) -> None:
     """A pickle runs whatever code its writer put in, so none is ever opened."""
-    files = [path] if path.is_file() else sorted(path.glob("*.bin")) + sorted(path.glob("*.pt"))
-    if any(path.glob("*.safetensors")) if path.is_dir() else False:
-        return  # what is read are the safetensors beside it
-    for file in files:
-        with file.open("rb") as opened:
-            start = opened.read(4)
-        if start[:2] == b"PK" or start[:1] == b"\x80" or file.suffix in (".pt", ".pth", ".bin"):
-            raise CheckpointError(
-                f"{file} is a pickle, which is never opened here: it could run any code",
-                expected="a directory with safetensors files",
-                hint="Where you trust it, load it with torch and save it with save_pretrained.",
-            )
     if path.is_file():
+        with path.open("rb") as opened:
+            start = opened.read(4)
+        if start[:2] == b"PK" or start[:1] == b"\x80" or path.suffix in _PICKLES:
+            raise _pickled(path)
         raise CheckpointError(f"{path} is a file", expected="a run or model directory")
+    if not path.is_dir():
+        return
+    if (path / _WEIGHTS).is_file():
+        return  # these are read, whatever lies beside them
+    if (path / _INDEX).is_file():
+        _check_index(path / _INDEX)
+        return
+    for file in sorted(path.iterdir()):
+        if file.suffix in _PICKLES and file.is_file():
+            raise _pickled(file)
+
+
+def _check_index(path: Path) -> None:
+    """transformers opens what an index names by how the name ends, a pickle too."""
+    try:
+        if path.stat().st_size > _LARGEST_INDEX:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", expected="an index of safetensors files"
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or not name.endswith(".safetensors"):
+            raise _pickled(path.parent / str(name))
+
+
+def _pickled(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is a pickle, which is never opened here: it could run any code",
+        expected="a directory with safetensors files",
+        hint="Where you trust it, load it with torch and save it with save_pretrained.",
+    )
 
 
 def load_model(name: str | Path, *, from_scratch: bool = False) -> PreTrainedModel:
@@ -69,12 +101,18 @@ def load_model(name: str | Path, *, from_scratch: bool = False) -> PreTrainedMod
     from_scratch: its config with random weights. ConfigError when it cannot be had.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        # Without the flag transformers asks on the terminal whether to run a model's own code.
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no model can be had from {str(name)!r}: {str(error).splitlines()[0]}",
             expected="a model directory, or a model's name on the hub that can be reached",
         ) from error
+    if not from_scratch:
+        _refuse_pickles(Path(name))  # of a local one; a name on the hub is no directory here
+        weights = getattr(config, "transformers_weights", None)
+        if weights is not None and not str(weights).endswith(".safetensors"):
+            raise _pickled(Path(name) / str(weights))  # a config may name its own file
     return _build(config, name, from_scratch=from_scratch)
 
 
@@ -83,13 +121,32 @@ def _build(config: Any, name: str | Path, *, from_scratch: bool) -> PreTrainedMo
     info = getattr(config, "shoestring", None)
     if from_scratch:
         config.dtype = torch.float32
-        model = GPT(config) if kind is GPT else AutoModelForCausalLM.from_config(config)
+        model = GPT(config) if kind is GPT else _from_config(config)
     else:
         with no_progress_bar():
-            model = kind.from_pretrained(name, config=config, dtype="float32")
+            model = _from_safetensors(kind, name, config)
     if info and kind is not GPT:
         remember(model, info)
     return model
+
+
+def _from_config(config: Any) -> Any:
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _from_safetensors(kind: Any, name: str | Path, config: Any) -> Any:
+    try:
+        return kind.from_pretrained(
+            name, config=config, dtype="float32", use_safetensors=True, trust_remote_code=False
+        )
+    except OSError as error:
+        if isinstance(error, CheckpointError) or "safetensors" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{name} has no safetensors weights; a pickle is refused, as it could run any code",
+            expected=f"{_WEIGHTS} or {_INDEX}",
+            hint="Where you trust it, load it with torch and save it with save_pretrained.",
+        ) from error
 
 
 def remember(model: PreTrainedModel, info: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Metrics to tensorboard, trackio or wandb, beside metrics.jsonl.
 
-Each adapter is a few lines and imports its library when it is asked for. A tracker that fails
-later, for want of a network or a disk, is told once and left out: no run ends because of it.
+Each adapter is a few lines and imports its library when it is asked for. One that is not
+installed is an error; one that fails, at its start or later, for want of a network or a disk, is
+told once and left out: no run ends because of it.
 """
 
 import dataclasses
@@ -86,7 +87,14 @@ class Trackers:
 
     def __init__(self, config: RunConfig, directory: Path, tell: Callable[..., None]) -> None:
         self._tell = tell
-        self._open = {name: _start(name, config, directory) for name in config.track.to}
+        self._open: dict[str, Tracker] = {}
+        for name in config.track.to:
+            try:
+                self._open[name] = _start(name, config, directory)
+            except ConfigError:  # not installed, which is told before an hour is spent
+                raise
+            except Exception as error:
+                self._tell_failed(name, error)
 
     def event(self, event: str, facts: Mapping[str, Any]) -> None:
         """The numbers of a step or an evaluation, to everybody."""
@@ -106,7 +114,10 @@ class Trackers:
         except Exception as error:
             # Whatever a tracker raises: a run is worth more than its curves elsewhere.
             self._open.pop(name, None)
-            self._tell("tracker failed", tracker=name, message=str(error) or type(error).__name__)
+            self._tell_failed(name, error)
+
+    def _tell_failed(self, name: str, error: Exception) -> None:
+        self._tell("tracker failed", tracker=name, message=str(error) or type(error).__name__)
 
 
 def _start(name: str, config: RunConfig, directory: Path) -> Tracker:
