@@ -191,6 +191,44 @@ def test_what_may_not_change_is_named(settings, broken, section, change, named):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+def test_a_refused_resume_touches_nothing(settings, broken):
+    (broken / "config.toml").write_text(settings(model={"dropout": 0.3}).to_toml() + "# mine\n")
+    before = {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="model.dropout"):
+        resume(broken, steps=9)
+    after = {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
+    assert {path for path in after if before.get(path) != after[path]} <= {broken / ".lock"}
+
+
+def test_a_replaced_run_that_cannot_start_leaves_the_old_one(settings, broken):
+    with pytest.raises(DataError):
+        train(settings(run={"replace": True}, data={"source": str(broken / "absent")}))
+    assert state(broken)
+    assert lines(broken)
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(settings, tmp_path):
+    train(settings(run={"steps": 1}))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"checkpoints of .* are gone.*--run.replace"):
+        resume(tmp_path / "run", steps=2)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_larger_updates_after_a_resume_are_planned_again(settings, tmp_path):
+    only = {"only": ("reversible",)}
+    config = settings(run={"budget": "24MiB"}, model={"rule": "feistel", "dropout": 0.0}, plan=only)
+    with pytest.raises(CutError):
+        train(config, progress=cut_at(3))
+    file = tmp_path / "run" / "config.toml"
+    first = json.loads((tmp_path / "run" / "plan.json").read_text())["peak_bytes"]
+    file.write_text(file.read_text().replace("batch_size = 4", "batch_size = 8"))
+    memory = resume(tmp_path / "run").receipt["memory"]
+    assert first < memory["promised_bytes"]
+    assert 0 <= memory["promised_bytes"] / memory["measured_bytes"] - 1 <= 0.03
+
+
 def test_what_may_change_does(settings, broken):
     lr = [line["lr"] for line in lines(broken) if line["event"] == "step"][:2]
     (broken / "config.toml").write_text(settings(optim={"lr": 5e-4}).to_toml())

@@ -11,7 +11,7 @@ from shoestring.checkpoint import Store
 from shoestring.errors import StreamOverflow, TrainingDiverged
 from shoestring.training.loop import resume, train
 
-from .test_resume import lines
+from .test_resume import assert_same_run, lines
 from .victims import Victim
 
 MIB = 1 << 20
@@ -103,6 +103,28 @@ def test_a_weight_that_is_no_number_stops_before_the_update_and_is_named(setting
     assert "embed_tokens.weight already held a number that is not finite" in error["message"]
     saved, _ = Store(tmp_path / "run" / "checkpoints").newest()
     assert saved.step == 2
+
+
+def test_a_step_that_failed_is_made_with_its_own_data_after_a_resume(settings, tmp_path):
+    train(settings(tmp_path / "whole"))
+    config = settings(checkpoint={"every": 0})
+    victim = Victim("train", config, tmp_path / "log", "poison", 4, "loss", 1)
+    assert victim.wait() == 1
+    (checkpoint,) = victim.events("checkpoint")
+    assert checkpoint["step"] == 3
+    resume(tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_state_with_a_bad_weight_pushes_no_good_one_out(settings, tmp_path):
+    config = settings(checkpoint={"every": 2, "keep": 1})
+    victim = Victim("train", config, tmp_path / "log", "poison", 4, "weight", 1)
+    assert victim.wait() == 1
+    (failed,) = victim.events("checkpoint failed")
+    assert "embed_tokens.weight is not finite" in failed["message"]
+    saved, _ = Store(tmp_path / "run" / "checkpoints").newest()
+    assert saved.step == 2
+    assert resume(tmp_path / "run").receipt["steps"] == 6
 
 
 def test_a_loss_that_is_no_number_can_be_skipped(settings, tmp_path):

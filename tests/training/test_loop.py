@@ -1,5 +1,6 @@
 """Whole runs on real text: what they leave behind, and how they end."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -61,7 +62,9 @@ def test_a_budgeted_run_keeps_its_promise_and_leaves_a_whole_directory(settings)
     files = {"config.toml", "plan.json", "metrics.jsonl", "receipt.json", ".lock"}
     files |= {"memory.json", "report.html"}
     assert left == files | {"model", "checkpoints"}
-    assert RunConfig.load(run.directory / "config.toml") == config
+    kept = RunConfig.load(run.directory / "config.toml")
+    again = dataclasses.replace(config, run=dataclasses.replace(config.run, replace=False))
+    assert kept == again  # what repeats a run must not remove it
     plan = Plan.from_json((run.directory / "plan.json").read_text())
 
     memory = run.receipt["memory"]

@@ -10,6 +10,7 @@ network, the text and the arithmetic has to be what it was; everything else may 
 
 import dataclasses
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from ..checkpoint import Checkpoint, Store
 from ..errors import CheckpointError, ConfigError
 from ..planner import Plan
 from .config import CheckpointConfig, RunConfig
+from .out_of_memory import is_out_of_memory
 from .snapshot import STATE, Snapshot
 
 FORMAT = 1
@@ -67,8 +69,8 @@ class Checkpoints:
         self.wait()
         self._saved_at = time.monotonic()
         texts = {**texts, **snapshot.texts()}
-        if self.settings.background and not is_last:
-            self._copy = snapshot.copied()
+        if self.settings.background and not is_last and (copy := _copied(snapshot)) is not None:
+            self._copy = copy
             self._writer = threading.Thread(
                 target=self._write, args=(step, self._copy, texts), name="checkpoint"
             )
@@ -95,8 +97,11 @@ class Checkpoints:
         started = time.monotonic()
         try:
             path = self.store.save(step, tensors=snapshot.tensors, texts=texts)
-        except (CheckpointError, OSError) as error:
-            self._outcome = error
+        except Exception as error:
+            # Out of memory too: this may be a thread of its own, where nobody else would hear.
+            kind = f"{type(error).__name__}: {error}"
+            wrapped = CheckpointError(f"step {step} cannot be saved: {kind}")
+            self._outcome = error if isinstance(error, CheckpointError) else wrapped
             return
         self._outcome = {
             "step": step, "path": str(path), "bytes": snapshot.nbytes,
@@ -135,6 +140,50 @@ class Checkpoints:
         return saved
 
 
+def _copied(snapshot: Snapshot) -> Snapshot | None:
+    """A copy to write from, None where there is no memory for one."""
+    try:
+        return snapshot.copied()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def refuse_lost(directory: Path) -> None:
+    """CheckpointError for a run that ended once and has no checkpoint any more."""
+    place = directory / "checkpoints"
+    if (place.is_symlink() and not place.exists()) or (directory / "receipt.json").exists():
+        raise CheckpointError(
+            f"the checkpoints of {directory} are gone",
+            expected="checkpoints/ of the run, where it left them",
+            hint="Put them back; shoestring train with --run.replace starts anew.",
+        )
+
+
+def remove_run(directory: Path) -> None:
+    """Remove what an earlier run left in a directory; what is not a run's stays."""
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for name in ("receipt.json", "report.html", "memory.json", "plan.json"):
+        (directory / name).unlink(missing_ok=True)
+
+
+def same_sizes(config: RunConfig, saved: Checkpoint) -> bool:
+    """Whether a saved plan is about updates as large as those to come."""
+    then = RunConfig.load(saved.path / _CONFIG)
+
+    def sizes(each: RunConfig) -> tuple[Any, ...]:
+        return (
+            each.data.batch_size,
+            each.optim.accumulate,
+            each.checkpoint.background,
+            each.run.budget == "none",
+        )
+
+    return sizes(then) == sizes(config)
+
+
 def refuse_existing(directory: Path) -> None:
     """ConfigError when a directory already holds a run."""
     left = [name for name in ("checkpoints", "receipt.json") if (directory / name).exists()]
@@ -164,6 +213,12 @@ def saved_facts(saved: Checkpoint) -> dict[str, Any]:
             f"{saved.path} has format {version!r}",
             expected=f"1 to {FORMAT}",
             hint="It was written by a newer Shoestring: upgrade this one." if newer else None,
+        )
+    if not isinstance(facts.get("identity"), dict) or not isinstance(
+        facts.get("metrics_bytes"), int
+    ):
+        raise CheckpointError(
+            f"{saved.path} is not of a training run", expected="a checkpoint that train wrote"
         )
     return dict(facts)
 
@@ -205,6 +260,9 @@ def identity(config: RunConfig, *, corpus: str, tokenizer: str) -> dict[str, Any
         "run.seed": config.run.seed,
         "precision.compute": config.precision.compute,
         "optim.name": config.optim.name,
+        "run.allow": config.run.allow,
+        "plan.only": config.plan.only,
+        "plan.never": config.plan.never,
     }
 
 

@@ -57,7 +57,7 @@ class FiniteGuard:
         for index, loss in enumerate(losses):
             if not math.isfinite(loss):
                 where = f" in microbatch {index}" if len(losses) > 1 else ""
-                raise _diverged(step, f"the loss is {loss}{where}", _bad_weight(self._model))
+                raise _diverged(step, f"the loss is {loss}{where}", bad_weight(self._model))
         if math.isfinite(norm):
             return
         gradients = {name: p.grad for name, p in self._model.named_parameters()}
@@ -68,7 +68,8 @@ class FiniteGuard:
         raise _diverged(step, f"the norm of all gradients is {norm}")
 
 
-def _bad_weight(model: nn.Module) -> str | None:
+def bad_weight(model: nn.Module) -> str | None:
+    """The name of the first weight or buffer that is not finite, if there is one."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             return name
@@ -118,6 +119,7 @@ class BudgetGuard:
         self.peak_bytes: int | None = None
         self.by_category: dict[str, int] | None = None
         self.rss_peak_bytes: int | None = None
+        self.first_step = 0
         self._history: dict[str, Any] | None = None
         self._keeps_history = True
         self._rss = RssPeak()
@@ -125,7 +127,7 @@ class BudgetGuard:
 
     def tracks(self, step: int) -> bool:
         """Whether the tensors of this step (counted from 1) are to be tracked."""
-        return step <= 2 or step % EVERY == 0
+        return step <= self.first_step + 2 or step % EVERY == 0
 
     def state(self) -> dict[str, Any]:
         """The peaks so far, as JSON."""

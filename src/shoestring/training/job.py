@@ -30,6 +30,9 @@ from .checkpoints import (
     check_same,
     identity,
     refuse_existing,
+    refuse_lost,
+    remove_run,
+    same_sizes,
     saved_facts,
     saved_plan,
     texts_of,
@@ -37,7 +40,7 @@ from .checkpoints import (
 from .config import RunConfig
 from .distributed import World
 from .evaluate import HeldOut, continuation
-from .guard import BudgetGuard, FiniteGuard, Measured
+from .guard import BudgetGuard, FiniteGuard, Measured, bad_weight
 from .optimizer import optimizer_factory
 from .out_of_memory import can_be_split, gave_up, held_by_category, is_out_of_memory, release
 from .planning import make_plan, rows_that_fit
@@ -62,6 +65,15 @@ class Run:
     receipt: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Position in the data and states of torch's generators."""
+
+    position: int
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+
+
 class Job:
     """A run in progress. Made in the order plan, then weights: what cannot fit fails early.
 
@@ -76,10 +88,12 @@ class Job:
         self.checkpoints = Checkpoints(self.record.directory, config.checkpoint, self.record.tell)
         self.updates = 0
         self.split = 1
+        self.has_evaluated = False
         self._resume = resume
         self._saved: Checkpoint | None = None
         self._facts: dict[str, Any] = {}
         self._skipped_in_a_row = 0
+        self._planned_anew = False
         self._lock = Lock(self.record.directory) if world.is_first else contextlib.nullcontext()
         self.started = time.monotonic()
         self._began_training = self.started
@@ -91,9 +105,10 @@ class Job:
     def __enter__(self) -> Self:
         self._lock.__enter__()
         try:
-            self._open()
+            self._find()
             self._prepare_data()
             self._plan()
+            self._begin_writing()
             self._build()
             if self._saved is not None:
                 self._restore()
@@ -124,21 +139,30 @@ class Job:
 
     # ---- before the first step -------------------------------------------------------------
 
-    def _open(self) -> None:
-        """Find what the directory holds; a run is only written over when that was asked for."""
+    def _find(self) -> None:
+        """What the directory holds. Nothing in it is touched before the run is accepted."""
         if self._resume:
             self._saved = self.checkpoints.find()
-            self._facts = saved_facts(self._saved) if self._saved is not None else {}
-            self.world.barrier()
-            if self.world.is_first and self._saved is not None:
-                self.checkpoints.store.set_aside(newer_than=self._saved.step)
-        elif self.config.run.replace:
-            if self.world.is_first:
-                self.checkpoints.store.clear()
-        elif self.world.is_first:
+            if self._saved is not None:
+                self._facts = saved_facts(self._saved)
+            else:
+                refuse_lost(self.record.directory)
+        elif not self.config.run.replace and self.world.is_first:
             refuse_existing(self.record.directory)
         self.world.barrier()
+
+    def _begin_writing(self) -> None:
+        """The run is accepted: what stands in its way goes, and its files begin."""
+        if self.world.is_first:
+            store = self.checkpoints.store
+            if self.config.run.replace:
+                remove_run(self.record.directory)
+            if self._saved is not None:
+                store.set_aside(newer_than=self._saved.step)
+            store.sweep()
         self.record.open(keep_bytes=self._facts.get("metrics_bytes", 0))
+        if self.plan is not None:
+            self.record.text("plan.json", self.plan.to_json() + "\n")
 
     def _prepare_data(self) -> None:
         self.data = prepare_data(self.config, self.world)
@@ -172,10 +196,11 @@ class Job:
         self._make_optimizer = optimizer_factory(config.optim, device)
         rows = [i % len(self.batches.rows) for i in range(config.data.batch_size)]
         batch = on_device(self.batches.rows.batch(rows), device)
-        if self._saved is not None:
+        if self._saved is not None and same_sizes(config, self._saved):
             # The same plan, not as good a one: another could sum in another order.
             self.plan = saved_plan(self._saved)
         else:
+            self._planned_anew = self._saved is not None
             self.plan = make_plan(
                 config,
                 self._builder.sketch,
@@ -188,7 +213,6 @@ class Job:
         if self.plan is not None:
             self.limit_bytes = self.limit_bytes or self.plan.budget_bytes
             self._check_still_fits(self.plan)
-            self.record.text("plan.json", self.plan.to_json() + "\n")
         self.data.held_out.batch = rows_that_fit(
             self._builder.sketch, batch, self.plan, loss=self.loss, limit=self.limit_bytes
         )
@@ -247,17 +271,22 @@ class Job:
             self._skipped_in_a_row = facts["skipped_in_a_row"]
             self._seconds_before = facts["seconds"]
             self.quality["before"] = HeldOut(**facts["before"]) if facts["before"] else None
-            self.budget.load_state(facts["guard"])
+            self.has_evaluated = bool(facts.get("has_evaluated"))
+            if self._planned_anew:  # the peaks of another plan are not this one's
+                self.budget.first_step = self.updates
+            else:
+                self.budget.load_state(facts["guard"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{saved.path} lacks what a run needs to go on ({error})",
                 expected="a checkpoint that this version wrote",
             ) from error
         restore(saved, self.model, self.optimizer, self.world)
+        timed = [(line.get("step"), line.get("seconds")) for line in self.record.lines("step")]
         self.step_seconds = [
-            line["seconds"]
-            for line in self.record.lines("step")
-            if not self.budget.tracks(line["step"])
+            seconds
+            for step, seconds in timed
+            if isinstance(step, int) and isinstance(seconds, float) and not self.budget.tracks(step)
         ]
         self.record.line("resumed", step=self.updates, processes=self.world.size)
 
@@ -281,10 +310,15 @@ class Job:
 
     def save_checkpoint(self, *, is_last: bool = False) -> None:
         """Everything as it is after the last update. All processes take part."""
-        if not self.updates or (is_last and self.checkpoints.saved_step == self.updates):
-            return
         self.checkpoints.wait()
-        if is_last and self.checkpoints.saved_step == self.updates:
+        # Only the first process knows what was written, and all have to do the same.
+        has_it = self.world.is_first and self.checkpoints.saved_step == self.updates
+        if not self.updates or (is_last and self.world.sum([float(has_it)])[0]):
+            return
+        if (name := bad_weight(self.model)) is not None:
+            # It would push a good one out, and every resume would stop again.
+            message = f"{name} is not finite; the checkpoint of step {self.checkpoints.saved_step}"
+            self.record.tell("checkpoint failed", message=f"{message} stays the newest")
             return
         self.record.sync()
         before = self.quality["before"]
@@ -301,12 +335,30 @@ class Job:
             metrics_bytes=self.record.num_bytes,
             before=before.to_json() if before else None,
             guard=self.budget.state(),
+            has_evaluated=(self._evaluated or (-1,))[0] == self.updates,
             identity=self.identity,
         )
         if self.world.is_first:
             texts = texts_of(self.config, self.plan)
             self.checkpoints.save(self.updates, snapshot, texts, is_last=is_last)
         self.world.barrier()
+
+    def mark(self) -> Mark:
+        """Where data and generators are before a step, to go back to when nothing came of it."""
+        cuda = self.world.device if self.world.device.type == "cuda" else None
+        return Mark(
+            self.batches.position,
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(cuda) if cuda else None,
+        )
+
+    def back_to(self, mark: Mark, *, position: bool = True) -> None:
+        """As if the step had not been begun; position=False: its microbatches are at hand."""
+        if position:
+            self.batches.position = mark.position
+        torch.set_rng_state(mark.cpu)
+        if mark.cuda is not None:
+            torch.cuda.set_rng_state(mark.cuda, self.world.device)
 
     def skip(self, step: int, error: TrainingDiverged) -> TrainingDiverged | None:
         """Leave out an update whose numbers were not finite; gives the error back after `SKIPS`."""
@@ -426,8 +478,6 @@ class Job:
 
     def stop(self, error: ShoestringError) -> None:
         """Save what the updates before an error have made, with the error in the receipt."""
-        if self.world.size > 1 and not isinstance(error, TrainingDiverged | OutOfBudget):
-            return  # it came up in the middle of a step, where the others still wait for this one
         self.optimizer.zero_grad(set_to_none=True)
         if self.updates:
             self.save_checkpoint(is_last=True)
@@ -450,5 +500,5 @@ class Job:
         """The page of the run; a run is not lost because its picture cannot be drawn."""
         try:
             write_report([self.record.directory])
-        except (ShoestringError, OSError) as error:
+        except Exception as error:  # whatever it is, the run was made
             self.record.tell("report failed", message=str(error))

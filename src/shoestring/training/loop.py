@@ -26,9 +26,9 @@ from .config import RunConfig
 from .distributed import world as joined
 from .guard import Measured
 from .interruption import Interruption
-from .job import Job, Run
+from .job import Job, Mark, Run
 from .optimizer import set_learning_rate
-from .out_of_memory import is_out_of_memory
+from .out_of_memory import HalfUpdateError, is_out_of_memory
 from .record import Progress
 from .schedule import learning_rate
 from .step import update
@@ -90,31 +90,49 @@ def _train(config: RunConfig, progress: Progress | None, *, resume: bool) -> Run
             job.exercise()
         job.begin()
         every = config.evaluate.every
+        all_know = world.size == 1
         try:
-            if job.was_resumed and every and job.updates % every == 0:
+            if job.was_resumed and every and job.updates % every == 0 and not job.has_evaluated:
                 job.evaluate()  # it came after the checkpoint
             votes = _vote(job, interruption)
             while job.updates < config.run.steps and not votes.to_end:
                 failure = _step(job, job.updates + 1)
                 votes = _vote(job, interruption, failure)
                 if votes.failed:
+                    all_know = True
                     raise failure or _elsewhere(job)
                 # Saved first: an evaluation that fails then costs nothing.
                 if votes.to_save:
                     job.save_checkpoint()
                 if every and job.updates % every == 0:
                     job.evaluate()
+        except HalfUpdateError:
+            raise  # what it left is no state to save
         except STOPPING as error:
-            job.stop(error)
+            if (
+                all_know
+            ):  # else the others wait in the middle of something, and hear of it by this end
+                job.stop(error)
             raise
         return job.finish("interrupted" if votes.interrupted else "finished")
 
 
 def _step(job: Job, step: int) -> ShoestringError | None:
-    """One update; where memory runs out, once more with the microbatches split.
+    """One update. Gives back what should end the run, so that all of a group hear of it; data and
+    generators are then where they were, unless the update was made."""
+    mark = job.mark()
+    try:
+        failure = _update(job, step, mark)
+    except STOPPING:
+        job.back_to(mark)
+        raise
+    if failure is not None and job.updates < step:
+        job.back_to(mark)
+    return failure
 
-    Gives back what should end the run, so that all processes of a group hear of it.
-    """
+
+def _update(job: Job, step: int, mark: Mark) -> ShoestringError | None:
+    """The update; where memory runs out, once more with the microbatches split."""
     config = job.config
     lr = learning_rate(config.schedule, step, peak=config.optim.lr, steps=config.run.steps)
     set_learning_rate(job.optimizer, lr)
@@ -137,6 +155,8 @@ def _step(job: Job, step: int) -> ShoestringError | None:
                 )
         except TrainingDiverged as error:
             return job.skip(step, error)
+        except HalfUpdateError:
+            raise
         except OutOfBudget as error:
             assert updated is not None  # it is held against the budget once it was made
             job.log(step, lr, updated, measured)
@@ -149,6 +169,7 @@ def _step(job: Job, step: int) -> ShoestringError | None:
             job.log(step, lr, updated, measured)
             return None
         job.split_after(step, failure, microbatches)
+        job.back_to(mark, position=False)
 
 
 @dataclass(frozen=True, slots=True)

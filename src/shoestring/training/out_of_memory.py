@@ -20,6 +20,10 @@ from ..units import format_bytes
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
+class HalfUpdateError(OutOfBudget):
+    """Memory ran out within the optimizer's step: some weights are new, some are not."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator said no. Our own errors about budgets are not meant."""
     if isinstance(error, ShoestringError):

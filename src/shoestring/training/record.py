@@ -7,6 +7,7 @@ goes on from a checkpoint first cuts off what came after it. What is written is 
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -43,8 +44,13 @@ class Record:
         path = self.directory / "metrics.jsonl"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_text(self.directory / "config.toml", self._config.to_toml())
+            # What repeats the run must not remove it.
+            run = dataclasses.replace(self._config.run, replace=False)
+            config = dataclasses.replace(self._config, run=run)
+            write_text(self.directory / "config.toml", config.to_toml())
             had = path.stat().st_size if path.exists() else 0
+            if path.is_symlink():
+                raise OSError("metrics.jsonl is a symbolic link")
             self._metrics = path.open("r+b" if had else "wb")
             self._metrics.truncate(min(keep_bytes, had))
             self._metrics.seek(0, 2)

@@ -6,17 +6,19 @@ only difference. Nothing is updated until every number has been found finite.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import TrainingDiverged
 from ..objectives.next_token import Batch, num_targets, shares
 from .distributed import World
 from .guard import FiniteGuard
 from .optimizer import clip_, gradient_norm
-from .out_of_memory import pieces
+from .out_of_memory import HalfUpdateError, is_out_of_memory, pieces
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
@@ -63,12 +65,34 @@ def update(
         losses.append(mean.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     *means, norm = torch.stack([*losses, gradient_norm(parameters).to(losses[0].device)]).tolist()
+    _all_finite(step, means, norm, world)
     guard.check(step, means, norm)
     clip_(parameters, norm, clip)
-    optimizer.step()
+    try:
+        optimizer.step()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise HalfUpdateError(
+            f"step {step}: memory ran out in the optimizer's step ({str(error).splitlines()[0]})",
+            expected="as much free memory as the budget allows",
+            hint="The weights are half updated and were not saved; resume goes on from the last "
+            "checkpoint.",
+            instant="optimizer step",
+        ) from error
     optimizer.zero_grad(set_to_none=True)
     nats = sum(mean * count for mean, count in zip(means, counts, strict=True))
     return Updated(world.sum([nats])[0] / total, norm, total)
+
+
+def _all_finite(step: int, losses: Sequence[float], norm: float, world: World) -> None:
+    """TrainingDiverged where only another process of the group saw a loss that is not finite:
+    all have to leave the update out."""
+    mine = all(map(math.isfinite, (*losses, norm)))
+    if world.sum([float(not mine)])[0] and mine:
+        raise TrainingDiverged(
+            f"step {step}: a loss of another process is not finite", expected="finite numbers"
+        )
 
 
 def on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
