@@ -194,7 +194,7 @@ def test_what_may_not_change_is_named(settings, broken, section, change, named):
 def test_a_refused_resume_touches_nothing(settings, broken):
     (broken / "config.toml").write_text(settings(model={"dropout": 0.3}).to_toml() + "# mine\n")
     before = {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match="model.dropout"):
+    with pytest.raises(ConfigError, match=r"model\.dropout"):
         resume(broken, steps=9)
     after = {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
     assert {path for path in after if before.get(path) != after[path]} <= {broken / ".lock"}
