@@ -23,7 +23,6 @@ _READABLE = (1, 2)
 _LARGEST_MANIFEST = 16 << 20
 _MOST_FILES = 100_000
 _LARGEST_FILE = 1 << 50
-_CHUNK_BYTES = 1 << 20
 _HEX = re.compile(r"[0-9a-f]{64}")
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 

@@ -116,10 +116,6 @@ class Store:
             if _UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def clear(self) -> None:
-        """Remove all of them."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-
     def _rotate(self, newest: int) -> None:
         found = [(step, path) for step, path in self._found() if step <= newest]
         for _, path in found[self.keep :]:

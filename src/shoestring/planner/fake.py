@@ -77,7 +77,7 @@ def simulate(
     mask: an attention mask of all ones is dropped by a real run, one with padding is not and
     needs more; "worst" counts as if it had padding, "given" believes the batch.
     later: count the steps that come after these as well, without running them: they find the
-    optimizer's states from their beginning. With steps=1 half the time of two steps.
+    optimizer's states from their beginning. With steps=1 one pass tells what two would.
 
     ConfigError for what is no model, and for a model whose shapes depend on values.
     """

@@ -1,11 +1,10 @@
 """FakeTensorMode with a shorter way for operators it has seen before.
 
 A simulated step is tens of thousands of operators, nearly all of them repeats of a few hundred:
-the same operator on tensors of the same layout. FakeTensorMode has a cache for that, but takes
-0.2 ms to look into it; most of planning would be spent there. Here a repeat is recognised by a
-cheaper key and answered in a third of that. Whatever is not plain (symbolic shapes, sparse or
-complex tensors, constants, several outputs that alias) goes the ordinary way, and so does every
-operator the first time.
+the same operator on tensors of the same layout. FakeTensorMode has a cache for that, but most of
+planning would be spent on its key. Here a repeat is recognised by a cheaper one. Whatever is not
+plain (symbolic shapes, sparse or complex tensors, constants, several outputs that alias) goes the
+ordinary way, and so does every operator the first time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +42,7 @@ class QuickFakeMode(FakeTensorMode):
         """Called by `__torch_dispatch__` with the mode taken off."""
         kind = _kind(func)
         if kind is None:
-            attribute = _DISPATCH_META_HANDLERS.get(func)  # a half of all calls: `tensor.device`
+            attribute = _DISPATCH_META_HANDLERS.get(func)  # very often: `tensor.device`
             return attribute(args) if attribute else super().dispatch(func, types, args, kwargs)
         parts: list[Any] = [func, torch.get_default_dtype()]
         if not self._describe(args, parts):
