@@ -19,6 +19,8 @@ from shoestring.meter import (
     Tracker,
     active_tracker,
     allocator_peak,
+    count_again,
+    leave_out,
 )
 from shoestring.meter.history import POINTS
 
@@ -533,3 +535,16 @@ def test_cuda_peak_is_the_allocators() -> None:
         optimizer.step()
     assert meter.cuda_peak_bytes is not None
     assert abs(meter.peak_bytes / meter.cuda_peak_bytes - 1) < 0.05
+
+
+def test_what_is_left_out_is_not_counted_and_its_copies_are() -> None:
+    with FakeTensorMode():
+        outside, inside = torch.empty(1000), torch.empty(10)
+        leave_out([outside])
+        with Tracker() as tracker:
+            tracker.assign("weights", [outside, inside])
+            copy = outside.clone()
+            assert tracker.live_bytes == 40 + copy.nbytes
+            count_again([outside])
+            outside.add_(1)
+            assert tracker.live_bytes == 40 + 2 * copy.nbytes

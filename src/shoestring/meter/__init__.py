@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ..rss import RssPeak
 from .ledger import CATEGORIES, Ledger
+from .outside import count_again, leave_out
 from .profiler import allocator_peak
 from .tracker import Tracker, active_tracker
 
@@ -29,6 +30,8 @@ __all__ = [
     "Tracker",
     "active_tracker",
     "allocator_peak",
+    "count_again",
+    "leave_out",
 ]
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .history import EXISTING, History
 from .ledger import CATEGORIES, Charge, Ledger, rounded
 from .operators import draws, plain_tensors, scratch_bytes, tensors_in
+from .outside import is_outside
 from .unseen import watch_resize, watch_rng_states
 
 _LOSS_OPERATORS = frozenset(
@@ -172,7 +173,8 @@ class Tracker(TorchDispatchMode):
     # ---- charging --------------------------------------------------------------------------
 
     def _charge(self, tensor: Tensor, *, inside: bool, category: str = "") -> Charge | None:
-        """Charge the tensor's storage unless that is done; None for one without a storage."""
+        """Charge the tensor's storage unless that is done; None for one without a storage, or
+        with one that is left out."""
         try:
             storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):
@@ -182,7 +184,7 @@ class Tracker(TorchDispatchMode):
         if known is not None:
             return known
         device = tensor.device.type
-        if device == "meta":
+        if device == "meta" or is_outside(storage):
             return None
         charge = Charge(storage, self._refund)
         charge.key, charge.nbytes = key, rounded(storage.nbytes(), device)

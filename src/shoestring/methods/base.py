@@ -1,8 +1,9 @@
 """What every method declares, and the two shapes a method can have.
 
-A *span method* says how a run of neighbouring blocks is executed (an `Executor`). A *loss* or
-*module method* patches one place of a model and returns how to undo it. What a method promises
-is data: `tests/contract` turns every promise into a test.
+A *span method* says how a run of neighbouring blocks is executed (an `Executor`). A *loss*,
+*module* or *weights method* patches a model in place and returns how to undo it. An *optimizer
+method* says how the optimizer is made, and may change the model for it first. What a method
+promises is data: `tests/contract` turns every promise into a test.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,11 +11,13 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from torch import nn
+from torch.optim import Optimizer
 
 from ..errors import ConfigError, closest
 from ..stack import Executor, Stack
 
 Undo = Callable[[], None]
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,12 +32,17 @@ class Promises:
     bound_eps: float | None = None
     """For reassociated methods: gradient error, relative (L2), in multiples of the dtype's
     epsilon."""
-    applies_to: Literal["span", "loss", "module"]
+    applies_to: Literal["span", "loss", "module", "weights", "optimizer"]
+    """A run of blocks; the loss; parts of blocks; where the weights are; the optimizer."""
     rebuilds: Literal["nothing", "input", "streams"] = "nothing"
     """What a span method needs to run a block again in backward: nothing (all is kept), the
     block's input (held, or rebuilt from a lower one), or the streams above it."""
     saved_grows_with: frozenset[str] = frozenset({"depth", "batch", "length"})
     """What the bytes saved for backward grow with."""
+    always_allowed: bool = False
+    """Whether plans may use it whatever they are allowed: what all others are held against."""
+    frees_gradients: bool = False
+    """For optimizer methods: whether a gradient is used and freed within backward."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +84,23 @@ class Method:
         )
 
     def apply(self, model: nn.Module, config: Any) -> Undo:
-        """Loss and module methods: patch the model in place, return how to undo it."""
+        """All but span methods: change the model in place, return how to undo it."""
+        if self.promises.applies_to == "optimizer":
+            return lambda: None
         raise ConfigError(
             f"method {self.name!r} runs spans of blocks", hint="Use Stack.apply with a Span."
+        )
+
+    def optimizer(
+        self, model: nn.Module, parameters: list[nn.Parameter], make: MakeOptimizer, config: Any
+    ) -> Optimizer:
+        """Optimizer methods: what the loop gets in the place of `make(parameters)`.
+
+        The loop around it stays as it is: `step`, `zero_grad`, `param_groups` (a scheduler
+        changes `lr` there), `state_dict` and `load_state_dict` work as on any optimizer. The
+        model has been through `apply`; both run on fake tensors as on real ones.
+        """
+        raise ConfigError(
+            f"method {self.name!r} makes no optimizer",
+            expected=f"an optimizer method; it applies to the {self.promises.applies_to}",
         )

@@ -38,7 +38,7 @@ class Way:
 
     @property
     def applies_to(self) -> str:
-        """What it is done to: "span", "loss" or "module"."""
+        """What it is done to: "span", "loss", "module", "weights" or "optimizer"."""
         return method(self.method).promises.applies_to
 
     def executor(self, stack: Stack, start: int, stop: int) -> Executor:
@@ -74,7 +74,7 @@ def allowed(allow: Allow) -> list[Method]:
                 expected=f"one of {list(FIDELITIES)}, or a list of methods {sorted(METHODS)}",
                 hint=closest(name, [*FIDELITIES, *METHODS]),
             )
-    return [m for m in METHODS.values() if m.name in names or _keeps(m)]
+    return [m for m in METHODS.values() if m.name in names or m.promises.always_allowed]
 
 
 def _keeps(m: Method) -> bool:
@@ -87,7 +87,12 @@ def offer_for(stack: Stack, methods: Iterable[Method]) -> Offer:
     streams = [m for m in spans if m.promises.rebuilds == "streams"]
     if streams:
         return _streams_offer(streams[0])
-    kept = [Way(m.name) for m in spans if _keeps(m)]
+    kept = [
+        Way(m.name, dict(v))
+        for m in sorted(spans, key=lambda m: not m.promises.always_allowed)
+        if _keeps(m)
+        for v in m.variants or ({},)
+    ]
     redo = next((m for m in spans if m.promises.rebuilds == "input"), None)
     if redo is None:
         return Offer(kept=tuple(kept))
