@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from models import PlainGPT, llama, llama_batch, plain_batch, plain_loss
 from shoestring.planner import planner
-from shoestring.planner.choose import NEAR, Choice, Planner
+from shoestring.planner.choose import NEAR, Choice, Planner, choice
 from shoestring.planner.make import PlanFor
 from shoestring.training.receipt import environment
 from shoestring.units import format_bytes
@@ -138,11 +138,11 @@ def against_every_schedule(budgets: int, depth: int) -> dict[str, Any]:
     loss: Loss = plain_loss
     plans = planner(model, plain_batch(), loss=loss, optimizer=stateless)
     chosen = plans.planner
+    variants = [chosen.costs.variant(p, timed=True) for p in chosen.costs.combinations]
     every = sorted(
-        (v.choice(schedule, chosen.floor)
-         for v in chosen._timed_variants for schedule in schedules_ref(v.chain)),
+        (choice(v, schedule) for v in variants for schedule in schedules_ref(v.chain)),
         key=lambda c: c.seconds,
-    )  # fmt: skip
+    )
     low, high = plans.smallest_bytes, chosen.promise(chosen.curve[-1]).peak_bytes
     rows: list[dict[str, Any]] = []
     for k in range(budgets):
@@ -155,7 +155,7 @@ def against_every_schedule(budgets: int, depth: int) -> dict[str, Any]:
             "over_best": found / best - 1,
         })  # fmt: skip
     return {
-        "blocks": depth, "schedules": len(every), "patched": len(chosen._timed_variants) - 1,
+        "blocks": depth, "schedules": len(every), "patched": len(variants) - 1,
         "simulated": len(chosen._profiles), "rows": rows,
         "worst_over_best": max(r["over_best"] for r in rows),
     }  # fmt: skip
@@ -163,8 +163,8 @@ def against_every_schedule(budgets: int, depth: int) -> dict[str, Any]:
 
 def fastest(chosen: Planner, every: list[Choice], budget: int, found: float) -> float:
     """Seconds of the fastest of `every` that fits, `found` where none is faster than that."""
-    for choice in every:
-        if choice.seconds >= found:
+    for each in every:
+        if each.seconds >= found:
             break
         # Further off than this no simulation has been seen to be (see `sweeps`).
         if choice.peak_bytes <= budget * (1 + NEAR):

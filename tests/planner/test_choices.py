@@ -9,8 +9,9 @@ from shoestring.methods import METHODS, Method, Promises
 from shoestring.methods.chunked_loss import ChunkedLoss
 from shoestring.planner import planner
 from shoestring.planner.chain import Kept, Redone, evaluate
-from shoestring.planner.choose import spans_of
+from shoestring.planner.choose import choice
 from shoestring.planner.in_place import strip
+from shoestring.planner.variants import spans_of
 from shoestring.planner.ways import Offer, Way, allowed
 from shoestring.stack import Stack
 
@@ -62,11 +63,11 @@ def test_the_chain_model_is_near_the_simulation_and_not_under_it():
     model, batch = PlainGPT(depth=3, width=32, heads=2, vocabulary=64), plain_batch(2, 64, 64)
     plans = planner(model, batch, loss=plain_loss, allow=["keep", "recompute"], seconds=False)
     chosen = plans.planner
-    variant = chosen._base_variant
+    variant = chosen.costs.variant(())
     schedule = (Redone(0, 2, ((0, 1, ()),)), Kept(2, 0))
-    choice = variant.choice(schedule, 0)
-    assert evaluate(variant.chain, schedule).peak_bytes + variant.resident == choice.peak_bytes
-    assert 0 <= choice.peak_bytes / chosen.promise(choice).peak_bytes - 1 <= 0.02
+    it = choice(variant, schedule)
+    assert evaluate(variant.chain, schedule).peak_bytes + variant.resident == it.peak_bytes
+    assert 0 <= it.peak_bytes / chosen.promise(it).peak_bytes - 1 <= 0.02
 
 
 def test_a_reversible_stack_is_planned_by_its_kept_end_with_plain_schemes_beside():
@@ -97,8 +98,8 @@ def test_a_reversible_stack_may_hold_outputs_below_its_kept_end():
     model(**batch).loss.backward()
     expected = [p.grad for p in model.parameters()]
     model.zero_grad()
-    for choice in (held[0], held[-1]):
-        chosen = plans._plan(choice, 1 << 30)
+    for each in (held[0], held[-1]):
+        chosen = plans._plan(each, 1 << 30)
         chosen.apply(model)
         optimizer = sgd(model.parameters())
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ..errors import ConfigError, StackError, closest
 from ..stack import Span, Stack
-from .base import Method, Promises, Undo
+from .base import MakeOptimizer, Method, Promises, Undo
 from .chunked_loss import ChunkedLoss
 from .chunked_mlp import ChunkedMlp
 from .keep import Keep
@@ -51,4 +51,4 @@ def apply_spans(stack: Stack, spans: Iterable[Span]) -> None:
     stack.apply(executors)
 
 
-__all__ = ["METHODS", "Method", "Promises", "Undo", "apply_spans", "method"]
+__all__ = ["METHODS", "MakeOptimizer", "Method", "Promises", "Undo", "apply_spans", "method"]

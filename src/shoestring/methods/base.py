@@ -43,6 +43,8 @@ class Promises:
     """Whether plans may use it whatever they are allowed: what all others are held against."""
     frees_gradients: bool = False
     """For optimizer methods: whether a gradient is used and freed within backward."""
+    changes_weights: bool = False
+    """Whether `apply` gives the weights another dtype: blocks then cost something else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

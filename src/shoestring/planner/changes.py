@@ -102,13 +102,7 @@ def _sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 def _peak(planner: Planner, step: Step) -> int:
     """Peak of another step with the smallest plan of this one."""
-    smallest = planner.smallest
-
-    def put(model: nn.Module) -> None:
-        bare(model)
-        apply_ways(model, smallest.patches, smallest.spans)
-
-    return step.simulate(put).peak_bytes
+    return planner.simulated(planner.smallest, step).peak_bytes
 
 
 def _allowing(planner: Planner) -> Iterator[Attempt]:
@@ -172,7 +166,7 @@ def _fewer_blocks(planner: Planner, step: Step, also: str) -> Iterator[Attempt]:
                 del container[count:]
                 apply_ways(model, patches, (Span(0, len(Stack.of(model)), way.method, way.config),))
 
-            return step.simulate(put).peak_bytes
+            return step.simulate(put, patches).peak_bytes
 
         yield f"{n} -> {count} blocks{also}", attempt
         count //= 2

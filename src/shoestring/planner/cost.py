@@ -9,32 +9,33 @@ stem leaves alive) comes from one more pass of the twin with its blocks taken ou
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import StackError
 from ..meter import Tracker
+from ..methods import MakeOptimizer
 from ..stack import BlockCall, Executor, Runner, Stack, hidden_of, with_hidden
 from .chain import BlockCost, Chain, Option
 from .fake import (
-    OptimizerFactory,
     Profile,
     _autocast,
-    _fused_adamw,
     fake_batch,
     fake_model,
+    fused_adamw,
     simulate,
 )
 from .given import Batch, Loss, explained, loss_of
 from .quick import QuickFakeMode
-from .ways import Offer, Way, apply_ways, stack_of
+from .ways import Offer, Way, apply_ways, frees_gradients, optimizer_for, stack_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +45,41 @@ class Step:
     model: Any
     """A module, a Hugging Face config or its path, or a callable that builds a module."""
     batch: Batch
-    optimizer: OptimizerFactory | None = None
+    optimizer: MakeOptimizer | None = None
     loss: Loss | None = None
     autocast: torch.dtype | None = None
     accumulate: int = 1
     grad_clip: float | None = None
 
-    def simulate(self, apply: Callable[[nn.Module], object] | None = None) -> Profile:
-        """The first step and all later ones, on a fake twin with methods put in place by
-        `apply`."""
+    @property
+    def make(self) -> MakeOptimizer:
+        """Parameters -> the optimizer of the loop."""
+        return self.optimizer or fused_adamw
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether the loop does something with all gradients after backward."""
+        return self.accumulate > 1 or self.grad_clip is not None
+
+    def simulate(
+        self, put: Callable[[nn.Module], object] | None = None, ways: Sequence[Way] = ()
+    ) -> Profile:
+        """The first step and all later ones, on a fake twin with methods put in place by `put`,
+        and an optimizer made as those among `ways` say."""
+        twins: list[nn.Module] = []
+
+        def apply(model: nn.Module) -> None:
+            twins.append(model)
+            if put is not None:
+                put(model)
+
+        def make(parameters: list[nn.Parameter]) -> Optimizer:
+            return optimizer_for(twins[0], ways, self.make)(parameters)
+
         return simulate(
-            self.model, self.batch, apply=apply, optimizer=self.optimizer, loss=self.loss,
+            self.model, self.batch, apply=apply, optimizer=make, loss=self.loss,
             autocast=self.autocast, accumulate=self.accumulate, grad_clip=self.grad_clip,
-            steps=1, later=True,
+            steps=1, later=True, steps_in_backward=frees_gradients(ways),
         )  # fmt: skip
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -220,6 +243,8 @@ class Twin:
     step: Step
     apply: Callable[[nn.Module], object] | None = None
     calls: dict[int, Captured] = field(default_factory=dict)
+    patches: tuple[Way, ...] = ()
+    """What is in place now, by `patched`."""
 
     def __post_init__(self) -> None:
         self.mode = QuickFakeMode()
@@ -251,13 +276,33 @@ class Twin:
     @contextlib.contextmanager
     def patched(self, patches: Iterable[Way]) -> Iterator[None]:
         """The twin with patches in place; the blocks are called as without them."""
+        patches = tuple(patches)
         with self.mode:
             undo = apply_ways(self.model, patches, ())
+        self.patches = patches
         try:
             yield
         finally:
+            self.patches = ()
             with self.mode:
                 undo()
+
+    @contextlib.contextmanager
+    def _gradients(self, module: nn.Module) -> Iterator[None]:
+        """Gradients of the module as the step treats them: there before, kept, or freed."""
+        trained = [p for p in module.parameters() if p.requires_grad]
+        hooks = []
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter) if self.step.accumulate > 1 else None
+            if frees_gradients(self.patches):
+                hooks.append(parameter.register_post_accumulate_grad_hook(_drop_gradient))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter in trained:
+                parameter.grad = None
 
     @contextlib.contextmanager
     def _running(self, executor: Executor) -> Iterator[None]:
@@ -281,18 +326,11 @@ class Twin:
         """Block `index` alone, forward and backward, run as `way` says."""
         block, captured = self.stack.blocks[index], self.calls[index]
         executor = way.executor(Stack(self.model, self.stack.path, [block]), 0, 1)
-        held = self.step.accumulate > 1
-        with self.mode, Tracker() as tracker:
+        with self.mode, self._gradients(block), Tracker() as tracker:
             tracker.seed(block)
-            for parameter in block.parameters():
-                wants = held and parameter.requires_grad
-                parameter.grad = torch.zeros_like(parameter) if wants else None
             tracker.assign("other", _shared_tensors(captured))
             tracker.assign("other", [torch.zeros((), device=self.device)])
-            result = self._measure(tracker, block, captured, executor)
-        for parameter in block.parameters():
-            parameter.grad = None
-        return result
+            return self._measure(tracker, block, captured, executor)
 
     def _measure(
         self, tracker: Tracker, block: nn.Module, captured: Captured, executor: Executor
@@ -324,20 +362,36 @@ class Twin:
     def turn(self) -> tuple[int, int, int]:
         """(bytes alive beside the blocks, peak of head and loss above them, gradients of the
         head that exist when the blocks' backward begins)."""
-        with self.mode, Tracker() as tracker:
+        with self.mode, self._gradients(self.model), Tracker() as tracker:
             tracker.seed(self.model)
-            if self.step.accumulate > 1:
-                for parameter in self.model.parameters():
-                    if parameter.requires_grad:
-                        parameter.grad = torch.zeros_like(parameter)
-                tracker.seed(self.model)
             tracker.assign("other", tree_leaves(self.batch))
             cut = _Cut(self, tracker)
             with self._running(cut):
                 self.step.forward(self.model, self.batch).backward()
-        for parameter in self.model.parameters():
-            parameter.grad = None
         return cut.base, cut.turn_peak, cut.turn_gradients
+
+    def optimizer(self, ways: Iterable[Way]) -> tuple[int, int]:
+        """(bytes of the optimizer's states, peak while it steps: weights and batch included), as
+        `ways` have it."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        with self.mode, Tracker() as tracker:
+            tracker.seed(self.model)
+            tracker.assign("other", tree_leaves(self.batch))
+            ledger = tracker.ledger
+            before = ledger.live
+            chosen = optimizer_for(self.model, ways, self.step.make)(parameters)
+            for _ in range(2):  # the second finds the states that the first has made
+                ledger.peak = ledger.live
+                for parameter in parameters:
+                    # Some step as soon as a gradient is there, and leave none.
+                    torch.autograd.backward(parameter, torch.zeros_like(parameter))
+                chosen.step()
+                chosen.zero_grad(set_to_none=True)
+            return ledger.live - before, ledger.peak
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _shared_tensors(captured: Captured) -> list[Tensor]:
@@ -431,22 +485,3 @@ def _block_cost(twin: Twin, index: int, offer: Offer) -> BlockCost:
         cost, held=redo.saved, walk_peak=redo.forward_peak, walk_seconds=redo.forward_work,
         again_peak=redo.backward_peak, again_seconds=redo.backward_work, redone=True,
     )  # fmt: skip
-
-
-def optimizer_bytes(twin: Twin) -> tuple[int, int]:
-    """(bytes of the optimizer's state, peak of its step above weights and gradients)."""
-    parameters = [p for p in twin.model.parameters() if p.requires_grad]
-    with twin.mode, Tracker() as tracker:
-        chosen = (twin.step.optimizer or _fused_adamw)(parameters)
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        tracker.seed(twin.model, chosen)
-        ledger = tracker.ledger
-        before = ledger.live
-        chosen.step()
-        state = ledger.live - before
-        ledger.peak = ledger.live
-        chosen.step()
-        peak = ledger.peak - before
-        chosen.zero_grad(set_to_none=True)
-    return state, peak

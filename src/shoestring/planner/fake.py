@@ -19,11 +19,10 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import ConfigError
 from ..meter import Tracker
+from ..methods import MakeOptimizer
 from .fidelity import known_positions, without_trivial_masks
 from .given import Batch, Loss, copied, explained, loss_of, tensors_of
 from .quick import QuickFakeMode
-
-OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ def simulate(
     batch: Batch,
     *,
     apply: Callable[[nn.Module], object] | None = None,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: MakeOptimizer | None = None,
     loss: Loss | None = None,
     steps: int = 2,
     autocast: torch.dtype | None = None,
@@ -64,6 +63,7 @@ def simulate(
     grad_clip: float | None = None,
     mask: Literal["worst", "given"] = "worst",
     later: bool = False,
+    steps_in_backward: bool = False,
 ) -> Profile:
     """Run whole training steps on a fake twin and tell what they would hold.
 
@@ -78,6 +78,8 @@ def simulate(
     needs more; "worst" counts as if it had padding, "given" believes the batch.
     later: count the steps that come after these as well, without running them: they find the
     optimizer's states from their beginning. With steps=1 one pass tells what two would.
+    steps_in_backward: the optimizer steps inside backward; then one step is run that is not
+    counted, and the next as it is.
 
     ConfigError for what is no model, and for a model whose shapes depend on values.
     """
@@ -89,25 +91,34 @@ def simulate(
             apply(twin)
         twin.train()
         parameters = [each for each in twin.parameters() if each.requires_grad]
-        chosen = (optimizer or _fused_adamw)(parameters)
+        chosen = (optimizer or fused_adamw)(parameters)
+
+        def passes() -> None:
+            for _ in range(accumulate):
+                with _autocast(twin, autocast):
+                    value = loss_of(twin, fake, loss)
+                (value / accumulate if accumulate > 1 else value).backward()
+                del value
+            if grad_clip is not None:
+                nn.utils.clip_grad_norm_(parameters, grad_clip)
+
         tracker = Tracker(history=later)
-        tracker.seed(twin, chosen)
-        tracker.assign("other", _tensors(fake))
-        first_only = (0, 0)
-        with tracker, explained(type(twin).__name__):
-            for number in range(steps):
-                for _ in range(accumulate):
-                    with _autocast(twin, autocast):
-                        value = loss_of(twin, fake, loss)
-                    (value / accumulate if accumulate > 1 else value).backward()
-                    del value
-                if grad_clip is not None:
-                    nn.utils.clip_grad_norm_(parameters, grad_clip)
-                if later and number == steps - 1:
-                    first_only = _step_and_later(tracker, chosen)
-                else:
-                    chosen.step()
+        first_only = None if steps_in_backward else (0, 0)
+        with explained(type(twin).__name__):
+            if steps_in_backward:
+                passes()
+                chosen.step()
                 chosen.zero_grad(set_to_none=True)
+            tracker.seed(twin, chosen)
+            tracker.assign("other", _tensors(fake))
+            with tracker:
+                for number in range(steps):
+                    passes()
+                    if later and not steps_in_backward and number == steps - 1:
+                        first_only = _step_and_later(tracker, chosen)
+                    else:
+                        chosen.step()
+                    chosen.zero_grad(set_to_none=True)
     return _profile(tracker, first_only)
 
 
@@ -210,7 +221,7 @@ def _build(config: Any) -> nn.Module:
         torch.set_default_dtype(before)
 
 
-def _fused_adamw(parameters: list[nn.Parameter]) -> Optimizer:
+def fused_adamw(parameters: list[nn.Parameter]) -> Optimizer:
     return torch.optim.AdamW(parameters, fused=True)
 
 
@@ -226,7 +237,7 @@ def _tensors(batch: Mapping[str, Any]) -> list[Tensor]:
     return found
 
 
-def _profile(tracker: Tracker, first_only: tuple[int, int]) -> Profile:
+def _profile(tracker: Tracker, first_only: tuple[int, int] | None) -> Profile:
     ledger = tracker.ledger
     history = None
     if ledger.history is not None:

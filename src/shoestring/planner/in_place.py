@@ -2,9 +2,11 @@
 
 What a plan put in place is noted in the model itself, as data, so that a copy of the model (the
 planner's fake twin is one) knows which plan is in it. Methods stand in instance `forward`s, so
-the note is: of which module, what stood there before, and what stands there now.
+the note is: of which module, what stood there before, and what stands there now. What was done to
+weights is undone by the methods themselves, in the model only, not in its copies.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import StackError
+from ..methods import Undo
 from ..stack import Runner, Span
 from .ways import Way, apply_ways, stack_of
 
@@ -23,23 +26,45 @@ class InPlace:
     """(module, its instance `forward` before, and now; None = none), for what a plan changed."""
 
     changes: list[tuple[nn.Module, Any, Any]]
+    weights: Undo | None = None
+    """Undoes what was done to the weights; None where nothing was."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InPlace":
+        # A copy has weights of its own, wherever its maker put them.
+        return InPlace(copy.deepcopy(self.changes, memo))
 
 
 def put(model: nn.Module, patches: Sequence[Way], spans: Sequence[Span]) -> InPlace:
-    """Put patches and spans in place, instead of any plan that is. Errors change nothing."""
+    """Put patches and spans in place, instead of any plan that is. Errors change nothing.
+
+    StackError also for a model whose weights a plan has moved: moving them back may need more
+    memory than there is, so it is not done on the way.
+    """
     before, notes = _forwards(model), list(_notes(model))
+    if any(note.weights is not None for _, note in notes):
+        raise StackError(
+            f"the weights of this {type(model).__name__} were moved by the plan that is in it",
+            expected="a model without such a plan",
+            hint="Take it out first: plan.restore(model).",
+        )
+    moving = [w for w in patches if w.applies_to == "weights" or w.promises.changes_weights]
+    undo: Undo | None = None
     try:
         bare(model)
         plain = _forwards(model)
-        apply_ways(model, patches, spans)
+        apply_ways(model, [w for w in patches if w not in moving], ())
+        undo = apply_ways(model, moving, ()) if moving else None
+        apply_ways(model, (), spans)
     except BaseException:
+        if undo is not None:
+            undo()
         for module, forward in before.items():
             _set(module, forward)
         for module, note in notes:
             module.__dict__[_NOTE] = note
         raise
     changes = [(m, plain[m], now) for m, now in _forwards(model).items() if now is not plain[m]]
-    note = model.__dict__[_NOTE] = InPlace(changes)
+    note = model.__dict__[_NOTE] = InPlace(changes, undo)
     return note
 
 
@@ -67,6 +92,8 @@ def take_out(model: nn.Module) -> None:
     for module, before in standing:
         _set(module, before)
     del model.__dict__[_NOTE]
+    if note.weights is not None:
+        note.weights()
 
 
 def bare(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
+from ..methods import MakeOptimizer
 from .budget import budget_bytes
 from .changes import out_of_budget
 from .choose import Choice, Planner
@@ -18,8 +19,6 @@ from .fake import class_of, config_of
 from .given import refuse_other_kinds
 from .plans import Plan, Row
 from .ways import Allow
-
-MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 
 def plan(
@@ -109,7 +108,7 @@ class PlanFor:
             instant=profile.instant, step_seconds=choice.seconds if chosen.timed else None,
             spans=choice.spans, patches=choice.patches,
             rows=rows, blocks=len(chosen.base.stack), model=type(chosen.base.model).__name__,
-            history=profile.history,
+            history=profile.history, make=chosen.step.make,
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
     plan = shoestring.plan(model, batch, budget="6 GiB", optimizer=make_optimizer)
     plan.apply(model)     # in place; plan.restore(model) undoes it
+    optimizer = plan.optimizer(model)
     plan.verify(step)     # measured against promised
 
 The promise, `peak_bytes`, is the peak of whole simulated steps with the plan in place; the budget
@@ -17,13 +18,15 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from ..errors import ConfigError, StackError
 from ..meter import Meter
+from ..methods import MakeOptimizer
 from ..stack import Span
 from ..units import format_bytes, format_seconds
 from .in_place import InPlace, note_of, put, take_out
-from .ways import Way, stack_of
+from .ways import Way, optimizer_for, stack_of
 
 FORMAT = 1
 
@@ -78,6 +81,8 @@ class Plan:
     blocks: int
     model: str
     history: Mapping[str, Any] | None = field(default=None, repr=False)
+    make: MakeOptimizer | None = field(default=None, compare=False, repr=False)
+    """The optimizer that was planned for; None for a plan that was read from JSON."""
     _applied: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[InPlace]]" = field(
         default_factory=weakref.WeakKeyDictionary, compare=False, repr=False
     )
@@ -101,6 +106,27 @@ class Plan:
                 expected="the model the plan was made for",
             )
         self._applied[model] = weakref.ref(put(model, self.patches, self.spans))
+
+    def optimizer(self, model: nn.Module, make: MakeOptimizer | None = None) -> Optimizer:
+        """The optimizer of a model the plan was applied to, as the plan has it.
+
+        make: trainable parameters -> optimizer; the one the plan was made with when left out.
+        The loop around it stays as it is. Without optimizer methods in the plan it is `make`'s.
+        StackError when the plan is not in place, ConfigError when there is nothing to make.
+        """
+        make = make or self.make
+        if make is None:
+            raise ConfigError(
+                "a plan that was read from a file does not know its optimizer",
+                expected="plan.optimizer(model, make) with make(parameters) -> optimizer",
+            )
+        if not self._is_in(model):
+            raise StackError(
+                f"this plan is not applied to this {type(model).__name__}",
+                expected="plan.apply(model) before plan.optimizer(model)",
+            )
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return optimizer_for(model, self.patches, make)(trained)
 
     def restore(self, model: nn.Module) -> None:
         """Take the plan out of a model it was applied to."""

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_map_only
 
 from ..stack import BlockCall, Executor, Stack, hidden_of, with_hidden
 from .cost import Captured, Step, Twin, forward_of, sink, source
-from .fake import _autocast, _fused_adamw
+from .fake import _autocast
 from .given import copied, tensors_of
-from .ways import Way, apply_ways
+from .ways import Way, apply_ways, optimizer_for
 
 RUNS = 3
 SLOW_S = 2.0
@@ -156,16 +156,19 @@ class Timer:
                     break
         return statistics.median(taken)
 
-    def optimizer(self, base: Twin) -> float:
-        """Seconds of the optimizer step, from one block's parameters scaled by bytes."""
+    def optimizer(self, base: Twin, ways: Sequence[Way] = ()) -> float:
+        """Seconds of the optimizer step as `ways` have it, from one block's parameters scaled by
+        bytes."""
         trained = [p for p in base.model.parameters() if p.requires_grad]
         sample = [p for p in base.stack.blocks[0].parameters() if p.requires_grad] or trained[:1]
         if not sample:
             return 0.0
         real = [nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=p.device)) for p in sample]
+        holder = nn.ParameterList(real)
+        apply_ways(holder, ways, ())
+        chosen = optimizer_for(holder, ways, self.step.make)(real)
         for parameter in real:
             parameter.grad = torch.zeros_like(parameter)
-        chosen = (self.step.optimizer or _fused_adamw)(real)
         clock, taken = Stopwatch(base.device), []
         chosen.step()  # makes the states
         for _ in range(RUNS):

@@ -9,6 +9,7 @@ method may list further settings worth trying in `variants`.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError, ShoestringError, StackError, closest
-from ..methods import METHODS, Method, Undo, apply_spans, method
+from ..methods import METHODS, MakeOptimizer, Method, Promises, Undo, apply_spans, method
 from ..stack import Executor, Span, Stack
 
 FIDELITIES = ("bitwise", "exact", "unbiased", "structural")
@@ -39,7 +40,19 @@ class Way:
     @property
     def applies_to(self) -> str:
         """What it is done to: "span", "loss", "module", "weights" or "optimizer"."""
-        return method(self.method).promises.applies_to
+        return self.promises.applies_to
+
+    @property
+    def promises(self) -> Promises:
+        """What its method promises."""
+        return method(self.method).promises
+
+    @property
+    def changes_blocks(self) -> bool:
+        """Whether a block costs something else with it."""
+        promises = self.promises
+        inside = promises.applies_to in ("module", "weights")
+        return inside or promises.frees_gradients or promises.changes_weights
 
     def executor(self, stack: Stack, start: int, stop: int) -> Executor:
         how = method(self.method)
@@ -107,21 +120,72 @@ def _streams_offer(how: Method) -> Offer:
     return Offer(kept=tuple(kept), redo=Way(how.name, {"keep_top": 0}), streams=True)
 
 
-def patches_for(model: nn.Module, methods: Iterable[Method]) -> list[tuple[Way, ...]]:
-    """Every combination of at most one loss and one module method that this model takes."""
-    groups: dict[str, list[tuple[Way, ...]]] = {"loss": [()], "module": [()]}
+def patches_for(
+    model: nn.Module, methods: Iterable[Method], make: MakeOptimizer, *, keeps_gradients: bool
+) -> list[tuple[Way, ...]]:
+    """Every combination of at most one module, one loss and one weights method that this model
+    takes, and of optimizer methods that its optimizer takes.
+
+    keeps_gradients: whether the loop needs gradients after backward (to clip or to add up).
+    """
+    groups: dict[str, list[tuple[Way, ...]]] = {"module": [()], "loss": [()], "weights": [()]}
+    optimizers = []
     for m in methods:
         if m.promises.applies_to == "span":
             continue
-        try:
-            undo = m.apply(model, m.configure())
-        except ShoestringError:
-            continue  # it has nothing to do in this model
+        ways = [Way(m.name, dict(v)) for v in m.variants or ({},)]
+        if m.promises.applies_to == "optimizer":
+            optimizers += [] if keeps_gradients and m.promises.frees_gradients else ways
+        elif _takes(model, ways[:1]):
+            groups[m.promises.applies_to] += [(way,) for way in ways]
+    parts = itertools.product(*groups.values(), _together(model, optimizers, make))
+    return [tuple(itertools.chain(*part)) for part in parts]
+
+
+def _together(model: nn.Module, ways: Sequence[Way], make: MakeOptimizer) -> list[tuple[Way, ...]]:
+    """Combinations of optimizer methods: up to two that say what the optimizer holds, then up to
+    one that says when it steps."""
+    holding = [w for w in ways if not w.promises.frees_gradients]
+    stepping = [w for w in ways if w.promises.frees_gradients]
+    pairs = [p for p in itertools.combinations(holding, 2) if p[0].method != p[1].method]
+    held = [(), *((w,) for w in holding), *pairs]
+    tried = (h + s for h in held for s in [(), *((w,) for w in stepping)])
+    return [each for each in tried if not each or _takes(model, each, make)]
+
+
+def _takes(model: nn.Module, ways: Sequence[Way], make: MakeOptimizer | None = None) -> bool:
+    """Whether they can be put into this model; where not, they have nothing to do there."""
+    try:
+        undo = apply_ways(model, ways, ())
+    except ShoestringError:
+        return False
+    try:
+        if make is not None:
+            optimizer_for(model, ways, make)([p for p in model.parameters() if p.requires_grad])
+    except ShoestringError:
+        return False
+    finally:
         undo()
-        tries: tuple[Mapping[str, Any], ...] = getattr(m, "variants", ()) or ({},)
-        for settings in tries:
-            groups[m.promises.applies_to].append((Way(m.name, dict(settings)),))
-    return [loss + module for loss in groups["loss"] for module in groups["module"]]
+    return True
+
+
+def optimizer_for(model: nn.Module, ways: Iterable[Way], make: MakeOptimizer) -> MakeOptimizer:
+    """`make` as the optimizer methods among `ways` have it, each around those before it."""
+
+    def around(way: Way, inner: MakeOptimizer) -> MakeOptimizer:
+        how = method(way.method)
+        config = how.configure(way.config)
+        return lambda parameters: how.optimizer(model, parameters, inner, config)
+
+    for way in ways:
+        if way.applies_to == "optimizer":
+            make = around(way, make)
+    return make
+
+
+def frees_gradients(ways: Iterable[Way]) -> bool:
+    """Whether the optimizer steps inside backward, and gradients are gone after it."""
+    return any(way.promises.frees_gradients for way in ways)
 
 
 def apply_ways(model: nn.Module, patches: Iterable[Way], spans: Sequence[Span]) -> Undo:
