@@ -109,7 +109,7 @@ def test_a_reversible_stack_may_hold_outputs_below_its_kept_end():
 
         checked = chosen.verify(step, steps=1)
         assert checked.measured == checked.predicted
-        assert abs(choice.peak_bytes / checked.measured - 1) < 0.03
+        assert abs(each.peak_bytes / checked.measured - 1) < 0.03
         pairs = zip(expected, model.parameters(), strict=True)
         assert all(torch.equal(a, p.grad) for a, p in pairs)
         model.zero_grad()
