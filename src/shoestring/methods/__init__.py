@@ -8,6 +8,7 @@ from .base import MakeOptimizer, Method, Promises, Undo
 from .chunked_loss import ChunkedLoss
 from .chunked_mlp import ChunkedMlp
 from .keep import Keep
+from .microbatch import Microbatch
 from .recompute import Recompute
 from .reversible import Reversible
 
@@ -19,6 +20,7 @@ METHODS: dict[str, Method] = {
         Reversible(),
         ChunkedLoss(),
         ChunkedMlp(),
+        Microbatch(),
     )
 }
 

@@ -32,8 +32,9 @@ class Promises:
     bound_eps: float | None = None
     """For reassociated methods: gradient error, relative (L2), in multiples of the dtype's
     epsilon."""
-    applies_to: Literal["span", "loss", "module", "weights", "optimizer"]
-    """A run of blocks; the loss; parts of blocks; where the weights are; the optimizer."""
+    applies_to: Literal["span", "loss", "module", "weights", "batch", "optimizer"]
+    """A run of blocks; the loss; parts of blocks; where the weights are; how the batch is run;
+    the optimizer."""
     rebuilds: Literal["nothing", "input", "streams"] = "nothing"
     """What a span method needs to run a block again in backward: nothing (all is kept), the
     block's input (held, or rebuilt from a lower one), or the streams above it."""

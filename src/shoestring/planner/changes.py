@@ -109,11 +109,14 @@ def _allowing(planner: Planner) -> Iterator[Attempt]:
     """Methods that were not allowed."""
     now = {m.name for m in planner.methods}
     for fidelity in FIDELITIES:
-        more = {m.name for m in allowed(fidelity)} - now
+        more = {m.name for m in allowed(fidelity, cuts_batch=planner.cuts_batch)} - now
         if more:
 
             def attempt(level: str = fidelity) -> int:
-                return Planner(planner.step, allow=level, seconds=False).smallest_bytes
+                other = Planner(
+                    planner.step, allow=level, seconds=False, cuts_batch=planner.cuts_batch
+                )
+                return other.smallest_bytes
 
             yield f"allow {fidelity!r} methods ({', '.join(sorted(more))})", attempt
             now |= more

@@ -20,7 +20,7 @@ from .cost import Step
 from .fake import Profile
 from .in_place import bare
 from .variants import Costs, Variant, spans_of
-from .ways import Allow, Offer, Way, apply_ways
+from .ways import Allow, Offer, Way, allowed, apply_ways
 
 NEAR = 0.03
 """How far the chain model may be off the simulation: within this of the budget, simulate."""
@@ -61,13 +61,21 @@ def choice(variant: Variant, schedule: Schedule, outcome: Outcome | None = None)
 class Planner:
     """Everything that does not depend on the budget, measured once; `choose` answers budgets."""
 
-    def __init__(self, step: Step, *, allow: Allow = "exact", seconds: bool = True) -> None:
+    def __init__(
+        self,
+        step: Step,
+        *,
+        allow: Allow = "exact",
+        seconds: bool = True,
+        cuts_batch: bool = False,
+    ) -> None:
         self.step = step
         self.allow = allow
         self.timed = seconds
-        self.costs = Costs(step, allow=allow)
+        self.cuts_batch = cuts_batch
+        self.methods = allowed(allow, cuts_batch=cuts_batch)
+        self.costs = Costs(step, self.methods)
         self.base, self.offer = self.costs.base, self.costs.offer
-        self.methods = self.costs.methods
         self._profiles: dict[str, Profile] = {}
 
     # -- the curve ---------------------------------------------------------------------------
@@ -129,7 +137,7 @@ class Planner:
             bare(model)
             apply_ways(model, choice.patches, choice.spans)
 
-        return step.simulate(put, choice.patches)
+        return step.cut(choice.patches).simulate(put, choice.patches)
 
     @cached_property
     def smallest_bytes(self) -> int:

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from ..errors import StackError
 from ..meter import Tracker
 from ..methods import MakeOptimizer
+from ..rows import cut, rows_of
 from ..stack import BlockCall, Executor, Runner, Stack, hidden_of, with_hidden
 from .chain import BlockCost, Chain, Option
 from .fake import (
@@ -55,6 +56,15 @@ class Step:
     def make(self) -> MakeOptimizer:
         """Parameters -> the optimizer of the loop."""
         return self.optimizer or fused_adamw
+
+    def cut(self, ways: Iterable[Way]) -> "Step":
+        """The step with its batch in parts, as a batch method among `ways` has it."""
+        for way in ways:
+            if way.applies_to == "batch":
+                parts = min(way.config["parts"], rows_of(self.batch))
+                first = cut(self.batch, parts)[0]
+                return replace(self, batch=first, accumulate=self.accumulate * parts)
+        return self
 
     @property
     def keeps_gradients(self) -> bool:

@@ -33,6 +33,7 @@ def plan(
     autocast: torch.dtype | None = None,
     accumulate: int = 1,
     grad_clip: float | None = None,
+    cuts_batch: bool = False,
 ) -> Plan:
     """The fastest way to train `model` on `batch` within `budget` bytes of live tensors.
 
@@ -45,13 +46,14 @@ def plan(
     (losses then equal those of the unplanned run bit for bit); or a list of method names.
     seconds: False skips all timing; the plan then has no step time.
     autocast, accumulate (forward and backward passes a step), grad_clip: as in the loop.
+    cuts_batch: the loop calls `plan.backward(model, batch)`, which may run the batch in parts.
 
     Raises OutOfBudget (nothing fits: the smallest budget that does, the instant that decides,
     three changes that get there), ConfigError, StackError.
     """
     return planner(
         model, batch, optimizer=optimizer, allow=allow, loss=loss, seconds=seconds,
-        autocast=autocast, accumulate=accumulate, grad_clip=grad_clip,
+        autocast=autocast, accumulate=accumulate, grad_clip=grad_clip, cuts_batch=cuts_batch,
     )(budget)  # fmt: skip
 
 
@@ -66,13 +68,14 @@ def planner(
     autocast: torch.dtype | None = None,
     accumulate: int = 1,
     grad_clip: float | None = None,
+    cuts_batch: bool = False,
 ) -> "PlanFor":
     """As `plan`, for several budgets: measures once, then answers `planner(...)(budget)`."""
     step = Step(
         model=model, batch=batch, optimizer=factory_of(optimizer), loss=loss, autocast=autocast,
         accumulate=accumulate, grad_clip=grad_clip,
     )  # fmt: skip
-    return PlanFor(Planner(step, allow=allow, seconds=seconds))
+    return PlanFor(Planner(step, allow=allow, seconds=seconds, cuts_batch=cuts_batch))
 
 
 class PlanFor:
@@ -109,6 +112,7 @@ class PlanFor:
             spans=choice.spans, patches=choice.patches,
             rows=rows, blocks=len(chosen.base.stack), model=type(chosen.base.model).__name__,
             history=profile.history, make=chosen.step.make,
+            loss=chosen.step.loss,
         )  # fmt: skip
 
 

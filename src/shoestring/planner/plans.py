@@ -20,15 +20,24 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import ConfigError, StackError
+from ..errors import ConfigError, DataError, StackError
 from ..meter import Meter
 from ..methods import MakeOptimizer
+from ..objectives.next_token import num_targets
+from ..rows import cut, rows_of
 from ..stack import Span
 from ..units import format_bytes, format_seconds
+from .given import Loss, loss_of
 from .in_place import InPlace, note_of, put, take_out
 from .ways import Way, optimizer_for, stack_of
 
 FORMAT = 1
+
+
+def _size(batch: Mapping[str, Any]) -> int:
+    labels = batch.get("labels")
+    tokens = isinstance(labels, torch.Tensor) and labels.dim() == 2
+    return num_targets(batch) if tokens else rows_of(batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,8 @@ class Plan:
     history: Mapping[str, Any] | None = field(default=None, repr=False)
     make: MakeOptimizer | None = field(default=None, compare=False, repr=False)
     """The optimizer that was planned for; None for a plan that was read from JSON."""
+    loss: Loss | None = field(default=None, compare=False, repr=False)
+    """The loss that was planned for; None = that of the model's output."""
     _applied: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[InPlace]]" = field(
         default_factory=weakref.WeakKeyDictionary, compare=False, repr=False
     )
@@ -127,6 +138,41 @@ class Plan:
             )
         trained = [p for p in model.parameters() if p.requires_grad]
         return optimizer_for(model, self.patches, make)(trained)
+
+    def backward(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        *,
+        loss: Loss | None = None,
+        size: Callable[[Mapping[str, Any]], float] | None = None,
+    ) -> torch.Tensor:
+        """Forward and backward of one batch, in the parts that the plan has; returns the loss.
+
+        loss: as for `shoestring.plan`; the one the plan was made with when left out.  size: what
+        the loss of a batch is a mean over: the targets where it has labels of tokens (the first
+        of a row is no target), else its rows. Gradients are those of the whole batch.
+        """
+        loss, size = loss or self.loss, size or _size
+        parts = next((w.config["parts"] for w in self.patches if w.applies_to == "batch"), 1)
+        pieces = cut(batch, parts) if parts > 1 else [batch]
+        sizes = [float(size(piece)) for piece in pieces] if parts > 1 else [1.0]
+        if not sum(sizes):
+            raise DataError(
+                "this batch has no target to learn from",
+                expected="at least one label that is not -100",
+            )
+        total: torch.Tensor | None = None
+        for piece, share in zip(pieces, sizes, strict=True):
+            if not share:
+                continue  # a mean over nothing is NaN, and adds nothing
+            value = loss_of(model, piece, loss)
+            if parts > 1:
+                value = value * (share / sum(sizes))
+            value.backward()
+            total = value.detach() if total is None else total + value.detach()
+        assert total is not None
+        return total
 
     def restore(self, model: nn.Module) -> None:
         """Take the plan out of a model it was applied to."""

@@ -11,13 +11,15 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import ConfigError
+from ..methods import Method
+from ..rows import rows_of
 from ..stack import Span
 from .chain import BlockCost, Chain, Kept, Option, Outcome, Redone, Schedule, evaluate
 from .cost import Step, Twin, measure_chain
 from .in_place import bare, strip
 from .solver import Solver
 from .timing import Timer
-from .ways import Allow, Offer, Way, allowed, apply_ways, offer_for, patches_for
+from .ways import Offer, Way, apply_ways, offer_for, patches_for, takes
 
 HOLDS = 4
 """Into how many steps the blocks below a kept end are cut, for those whose output is held."""
@@ -33,7 +35,8 @@ class Variant:
     """A model with patches, measured. Bytes; seconds.
 
     resident: what is there beside the blocks from step to step, and what the stem leaves alive.
-    floor: the peak while the optimizer steps.  fixed_seconds: stem, head, loss and optimizer.
+    floor: the peak while the optimizer steps.  turn_seconds: stem, head and loss of a pass.
+    step_seconds: the optimizer.  passes: forwards and backwards in a step.
     outcomes: the schedules worth a look, with what the chain model says of each.
     """
 
@@ -43,7 +46,9 @@ class Variant:
     kinds: list[int]
     resident: int
     floor: int
-    fixed_seconds: float
+    turn_seconds: float
+    step_seconds: float
+    passes: int
     outcomes: Sequence[tuple[Schedule, Outcome]]
 
     def peak_bytes(self, outcome: Outcome) -> int:
@@ -52,7 +57,8 @@ class Variant:
 
     def seconds(self, outcome: Outcome) -> float:
         """Of a whole step with that schedule."""
-        return (outcome.seconds + self.fixed_seconds) * PATCHED ** len(self.patches)
+        passes = (outcome.seconds + self.turn_seconds) * self.passes
+        return (passes + self.step_seconds) * PATCHED ** len(self.patches)
 
 
 @dataclass
@@ -84,14 +90,16 @@ class _Priced:
 class Costs:
     """Measures combinations of patches of one step; remembers every part."""
 
-    def __init__(self, step: Step, *, allow: Allow) -> None:
+    def __init__(self, step: Step, methods: Sequence[Method], *, may_cut: bool = True) -> None:
+        """may_cut: also with the batch in parts, where a method does that."""
         self.step = step
-        self.methods = allowed(allow)
+        self.methods = methods
         self.base = Twin(step, bare)
         self.offer = offer_for(self.base.stack, self.methods)
         if not self.offer.kept:
             raise ConfigError(
-                f"allow = {allow!r} leaves no way to run the blocks of {self.base.stack!r}",
+                f"{[m.name for m in methods]} leave no way to run the blocks of "
+                f"{self.base.stack!r}",
                 expected="at least one method that fits",
             )
         self.timer = Timer(step)
@@ -103,15 +111,39 @@ class Costs:
         self._times: dict[Any, list[tuple[float, float]]] = {}
         self._turns: dict[Any, float] = {}
         self._steps: dict[Any, float] = {}
+        self._may_cut = may_cut
+        self._steps_cut: dict[str, Costs] = {}
 
     @cached_property
     def combinations(self) -> list[Patches]:
         """Of patches that this model takes; the first is none."""
         with self.base.mode:
-            return patches_for(
-                self.base.model, self.methods, self.step.make,
+            whole = patches_for(
+                self.base.model,
+                self.methods,
+                self.step.make,
                 keeps_gradients=self.step.keeps_gradients,
-            )  # fmt: skip
+            )
+        in_parts = [
+            (way, *patches) for way in self._cuts for patches in self._in_parts(way).combinations
+        ]
+        return whole + in_parts
+
+    @cached_property
+    def _cuts(self) -> list[Way]:
+        """Ways to cut this batch."""
+        found: list[Way] = []
+        for m in self.methods if self._may_cut else ():
+            if m.promises.applies_to == "batch":
+                ways = [Way(m.name, dict(v)) for v in m.variants]
+                found += [w for w in ways if w.config["parts"] <= rows_of(self.step.batch)]
+        with self.base.mode:
+            return [w for w in found if takes(self.base.model, [w])]
+
+    def _in_parts(self, way: Way) -> "Costs":
+        if way.label not in self._steps_cut:
+            self._steps_cut[way.label] = Costs(self.step.cut([way]), self.methods, may_cut=False)
+        return self._steps_cut[way.label]
 
     def variant(self, patches: Patches, *, plain: bool = False, timed: bool = False) -> Variant:
         """The model with patches.
@@ -119,15 +151,18 @@ class Costs:
         plain: take away what makes its stack special.  timed: seconds on the device; work takes
         their place where not.
         """
+        for way in patches:
+            if way.applies_to == "batch":
+                rest = tuple(w for w in patches if w is not way)
+                return replace(self._in_parts(way).variant(rest, timed=timed), patches=patches)
         priced = self._timed_chain(patches, plain) if timed else self._chain(patches, plain)
         states, floor = self._optimizer(patches, plain)
-        fixed = self._turn_seconds(patches) + self._step_seconds(patches) if timed else 0.0
-        if timed and patches and not _of_another_dtype(patches):
-            fixed = max(fixed, self._turn_seconds(()) + self._step_seconds(()))
         return Variant(
             patches=patches, offer=priced.offer, chain=priced.chain, kinds=priced.kinds,
-            resident=priced.resident + states, floor=floor, fixed_seconds=fixed,
-            outcomes=priced.outcomes,
+            resident=priced.resident + states, floor=floor, outcomes=priced.outcomes,
+            passes=self.step.accumulate,
+            turn_seconds=self._turn_seconds(patches) if timed else 0.0,
+            step_seconds=self._step_seconds(patches) if timed else 0.0,
         )  # fmt: skip
 
     # -- bytes -------------------------------------------------------------------------------
@@ -211,7 +246,10 @@ class Costs:
         ways = tuple(w for w in ways if not w.promises.frees_gradients)
         key = _name(ways)
         if key not in self._turns:
-            self._turns[key] = self.timer.turn(self.base, ways)
+            seconds = self.timer.turn(self.base, ways)
+            if ways and not _of_another_dtype(ways):
+                seconds = max(seconds, self._turn_seconds(()))
+            self._turns[key] = seconds
         return self._turns[key]
 
     def _step_seconds(self, patches: Patches) -> float:

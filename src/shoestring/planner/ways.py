@@ -39,7 +39,7 @@ class Way:
 
     @property
     def applies_to(self) -> str:
-        """What it is done to: "span", "loss", "module", "weights" or "optimizer"."""
+        """What it is done to, as its method promises."""
         return self.promises.applies_to
 
     @property
@@ -73,12 +73,21 @@ class Offer:
     is one). The ways above are those of a stack of one block."""
 
 
-def allowed(allow: Allow) -> list[Method]:
+def allowed(allow: Allow, *, cuts_batch: bool = False) -> list[Method]:
     """The methods that `allow` lets in: a fidelity lets in all that promise as much or more; a
-    list names them. Keeping is always allowed."""
+    list names them. Keeping is always allowed.
+
+    cuts_batch: whether the loop hands over the whole step, so that its batch may be cut without
+    a method being named for it.
+    """
     if isinstance(allow, str) and allow in FIDELITIES:
         good = FIDELITIES[: FIDELITIES.index(allow) + 1]
-        return [m for m in METHODS.values() if {m.promises.fidelity, m.promises.grade} & {*good}]
+        return [
+            m
+            for m in METHODS.values()
+            if {m.promises.fidelity, m.promises.grade} & {*good}
+            and (cuts_batch or m.promises.applies_to != "batch")
+        ]
     names = [allow] if isinstance(allow, str) else list(allow)
     for name in names:
         if name not in METHODS:
@@ -131,12 +140,12 @@ def patches_for(
     groups: dict[str, list[tuple[Way, ...]]] = {"module": [()], "loss": [()], "weights": [()]}
     optimizers = []
     for m in methods:
-        if m.promises.applies_to == "span":
+        if m.promises.applies_to in ("span", "batch"):
             continue
         ways = [Way(m.name, dict(v)) for v in m.variants or ({},)]
         if m.promises.applies_to == "optimizer":
             optimizers += [] if keeps_gradients and m.promises.frees_gradients else ways
-        elif _takes(model, ways[:1]):
+        elif takes(model, ways[:1]):
             groups[m.promises.applies_to] += [(way,) for way in ways]
     parts = itertools.product(*groups.values(), _together(model, optimizers, make))
     return [tuple(itertools.chain(*part)) for part in parts]
@@ -150,10 +159,10 @@ def _together(model: nn.Module, ways: Sequence[Way], make: MakeOptimizer) -> lis
     pairs = [p for p in itertools.combinations(holding, 2) if p[0].method != p[1].method]
     held = [(), *((w,) for w in holding), *pairs]
     tried = (h + s for h in held for s in [(), *((w,) for w in stepping)])
-    return [each for each in tried if not each or _takes(model, each, make)]
+    return [each for each in tried if not each or takes(model, each, make)]
 
 
-def _takes(model: nn.Module, ways: Sequence[Way], make: MakeOptimizer | None = None) -> bool:
+def takes(model: nn.Module, ways: Sequence[Way], make: MakeOptimizer | None = None) -> bool:
     """Whether they can be put into this model; where not, they have nothing to do there."""
     try:
         undo = apply_ways(model, ways, ())
