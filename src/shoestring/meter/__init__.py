@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ..rss import RssPeak
 from .ledger import CATEGORIES, Ledger
-from .outside import count_again, leave_out
+from .outside import count_again, is_outside, leave_out
 from .profiler import allocator_peak
 from .tracker import Tracker, active_tracker
 
@@ -31,6 +31,7 @@ __all__ = [
     "active_tracker",
     "allocator_peak",
     "count_again",
+    "is_outside",
     "leave_out",
 ]
 

@@ -11,6 +11,7 @@ from .keep import Keep
 from .microbatch import Microbatch
 from .recompute import Recompute
 from .reversible import Reversible
+from .stream_weights import StreamWeights
 
 METHODS: dict[str, Method] = {
     m.name: m
@@ -21,6 +22,7 @@ METHODS: dict[str, Method] = {
         ChunkedLoss(),
         ChunkedMlp(),
         Microbatch(),
+        StreamWeights(),
     )
 }
 
