@@ -15,7 +15,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "shoestring"
 LEVELS = [
     {"errors", "units", "allocator", "ops", "rows"},
-    {"stack", "meter", "rss", "tape", "rules", "streams", "branches", "conversion"},
+    {"stack", "meter", "rss", "tape", "rules", "streams", "branches", "conversion", "mapped"},
     {"methods", "precision", "models", "objectives", "optim", "data"},
     {"planner", "checkpoint", "report"},
     {"training", "convert", "serve", "edit"},

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from ..errors import ConfigError, StackError
-from ..mapped import MappedFile
+from ..mapped import MappedFile, release, room, will_need
 from ..meter import count_again, is_outside, leave_out
 from ..stack import Stack
 from .base import Method, Promises, Undo
@@ -69,25 +69,24 @@ class Fetch(torch.autograd.Function):
 class Order:
     """The parts of a model in the order of their blocks: what to ask for next, what to let go."""
 
-    def __init__(self, file: MappedFile | None) -> None:
-        self.file = file
-        self.parts: list[list[weakref.ref[Gate]]] = []
+    def __init__(self, blocks: int) -> None:
+        self.parts: list[list[weakref.ref[Gate]]] = [[] for _ in range(blocks)]
         self._block = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Order":
-        return Order(None)  # a copy's weights are in memory
+        return Order(0)  # a copy's weights are in memory: there are no pages to care for
 
     def fetched(self, gate: "Gate") -> None:
         """The weights of this part have been copied: its pages may go, its neighbours' come."""
-        if self.file is None:
+        if not self.parts:
             return
         for weight in gate.weights():
-            self.file.release(weight)
+            release(weight)
         forward = gate.block >= self._block
         if gate.block != self._block:
-            self._each(self._block, self.file.release)  # an optimizer may have used them since
+            self._each(self._block, release)  # an optimizer may have used them since
+            self._each(gate.block + (1 if forward else -1), will_need)
         self._block = gate.block
-        self._each(gate.block + (1 if forward else -1), self.file.will_need)
 
     def _each(self, block: int, do: Callable[[Tensor], None]) -> None:
         if 0 <= block < len(self.parts):
@@ -167,9 +166,8 @@ class StreamWeights(Method):
                 expected="weights in modules inside the blocks, "
                 f"{SMALLEST_BYTES} bytes or larger" + _FROZEN[config.what],
             )
-        order = Order(_move_out(list(weights.values()), config.directory))
-        gates = []
-        order.parts = [[] for _ in stack.blocks]
+        _move_out(list(weights.values()), config.directory)
+        order, gates = Order(len(stack)), []
         for block, part, names in parts:
             gate = Gate(part, vars(part).get("forward"), block, names, order)
             part.__dict__["forward"] = gate
@@ -258,19 +256,22 @@ def _named(part: nn.Module, names: list[tuple[str, str]]) -> Iterator[Tensor]:
         yield weight
 
 
-def _move_out(weights: list[Tensor], directory: str) -> MappedFile | None:
-    """Put the data of these weights into one file; None for fake ones, which are only marked."""
+def _move_out(weights: list[Tensor], directory: str) -> None:
+    """Put the data of these weights into one file; fake ones are only marked."""
     if isinstance(weights[0].data, FakeTensor):
         leave_out(weights)
-        return None
+        return
     inside = [w for w in weights if not is_outside(w.untyped_storage())]
-    file = MappedFile(sum(MappedFile.room(w) for w in inside), directory or None)
+    file = MappedFile(sum(room(w.shape, w.dtype) for w in inside), directory or None)
     for weight in inside:
-        data = file.tensor(weight.shape, weight.dtype)
-        data.copy_(weight.data)
-        weight.data = data
-        file.release(weight)
-    return file
+        _into(file, weight)
+
+
+def _into(file: MappedFile, weight: Tensor) -> None:
+    data = file.tensor(weight.shape, weight.dtype)
+    data.copy_(weight.data)
+    weight.data = data
+    release(weight)
 
 
 def _move_in(weights: Any) -> None:
@@ -290,23 +291,23 @@ def build_outside(build: Callable[[], nn.Module], *, directory: str | None = Non
 
     build: makes a module, or loads one: `lambda: AutoModelForCausalLM.from_pretrained(...)`.
     What is not in the blocks (embeddings, head) is brought into memory. `stream_weights`, or a
-    plan with it, then fetches the blocks' weights while they run. DataError when the disk has no
-    room.
+    plan with it, then fetches the blocks' weights while they run. SpillError when the disk
+    has no room.
     """
-    room = _Room(directory)
+    files = _Files(directory)
     register = nn.Module.register_parameter
 
     def outside(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
         if parameter is not None and _may_leave(parameter):
             # The same object, so that what is tied to it stays tied.
-            room.take(parameter)
+            files.take(parameter)
 
-    nn.Module.register_parameter = outside  # type: ignore[method-assign]
+    nn.Module.register_parameter = outside  # type: ignore[method-assign,assignment]
     try:
         model = build()
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
     in_blocks = {id(p) for block in Stack.of(model).blocks for p in block.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in in_blocks and is_outside(parameter.untyped_storage()):
@@ -324,7 +325,7 @@ def _may_leave(parameter: nn.Parameter) -> bool:
     )
 
 
-class _Room:
+class _Files:
     """Mapped files as they are needed, for nobody knows how large a model will be."""
 
     CHUNK_BYTES = 1 << 28
@@ -332,15 +333,10 @@ class _Room:
     def __init__(self, directory: str | None) -> None:
         self.directory = directory
         self.file: MappedFile | None = None
-        self.left = 0
 
     def take(self, parameter: nn.Parameter) -> None:
         """Move a parameter's data out."""
-        room = MappedFile.room(parameter)
-        if self.file is None or room > self.left:
-            self.left = max(room, self.CHUNK_BYTES)
-            self.file = MappedFile(self.left, self.directory)
-        self.left -= room
-        data = self.file.tensor(parameter.shape, parameter.dtype)
-        data.copy_(parameter.data)
-        parameter.data = data
+        needed = room(parameter.shape, parameter.dtype)
+        if self.file is None or needed > self.file.left:
+            self.file = MappedFile(max(needed, self.CHUNK_BYTES), self.directory)
+        _into(self.file, parameter)
