@@ -307,7 +307,7 @@ def build_outside(build: Callable[[], nn.Module], *, directory: str | None = Non
     try:
         model = build()
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
     in_blocks = {id(p) for block in Stack.of(model).blocks for p in block.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in in_blocks and is_outside(parameter.untyped_storage()):

@@ -189,10 +189,13 @@ class _Cut(Executor):
     def __init__(self, twin: "Twin", tracker: Tracker) -> None:
         self.twin, self.tracker = twin, tracker
         self.base = self.turn_peak = self.turn_gradients = 0
+        self.stem: list[Tensor] = []
 
     def run(self, position: int, block: nn.Module, call: BlockCall) -> Any:
         captured = self.twin.calls[position]
         last = position == len(self.twin.stack) - 1
+        if position == 0 and call.hidden is not None and call.hidden.requires_grad:
+            self.stem.append(sink(call.hidden))
         call.hidden = None
         if last:
             self.base = self.tracker.live_bytes
@@ -207,6 +210,7 @@ class _Cut(Executor):
         ledger = self.tracker.ledger
         self.turn_peak = ledger.peak - self.base
         self.turn_gradients = max(0, ledger.live - self.base - gradient.untyped_storage().nbytes())
+        ledger.peak = ledger.live  # what comes is the stem's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +224,20 @@ class Measured:
     output: int
     forward_work: float
     backward_work: float
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a step holds beside its blocks. Bytes."""
+
+    resident: int
+    """Alive while the blocks run: weights, batch, what the stem leaves."""
+    peak: int
+    """Of head and loss, forward and backward, above that."""
+    gradients: int
+    """Of the head, there when the blocks' backward begins."""
+    stem_peak: int
+    """Of the stem's backward, weights and the head's gradients included, but none of the blocks."""
 
 
 class _Work(TorchDispatchMode):
@@ -369,16 +387,18 @@ class Twin:
             forward_work=forward_work, backward_work=work.total - forward_work,
         )  # fmt: skip
 
-    def turn(self) -> tuple[int, int, int]:
-        """(bytes alive beside the blocks, peak of head and loss above them, gradients of the
-        head that exist when the blocks' backward begins)."""
+    def turn(self) -> "Turn":
+        """Head and loss, and the stem's backward, with the blocks taken out."""
         with self.mode, self._gradients(self.model), Tracker() as tracker:
             tracker.seed(self.model)
             tracker.assign("other", tree_leaves(self.batch))
             cut = _Cut(self, tracker)
             with self._running(cut):
-                self.step.forward(self.model, self.batch).backward()
-        return cut.base, cut.turn_peak, cut.turn_gradients
+                loss = self.step.forward(self.model, self.batch)
+                # Together, as a weight that stem and head share waits for both its gradients.
+                torch.autograd.backward([loss, *cut.stem])
+                stem_peak = tracker.ledger.peak if cut.stem else 0
+        return Turn(cut.base, cut.turn_peak, cut.turn_gradients, stem_peak)
 
     def optimizer(self, ways: Iterable[Way]) -> tuple[int, int]:
         """(bytes of the optimizer's states, peak while it steps: weights and batch included), as
@@ -438,8 +458,9 @@ def _shape(tensor: Tensor) -> tuple[Any, ...]:
 
 def measure_chain(
     twin: Twin, offer: Offer, known: dict[int, BlockCost] | None = None
-) -> tuple[Chain, list[int], int]:
-    """(chain with bytes, and work in place of seconds; kind of each block; resident bytes).
+) -> tuple[Chain, list[int], int, int]:
+    """(chain with bytes, and work in place of seconds; kind of each block; resident bytes; peak at
+    the end of backward).
 
     known: costs by kind that were measured before, with the same blocks; more are put in.
     """
@@ -448,16 +469,18 @@ def measure_chain(
     for kind in sorted(set(kinds) - set(known)):
         known[kind] = _block_cost(twin, kind, offer)
     costs = dict(known)
-    resident, turn_peak, turn_gradients = twin.turn()
+    turn = twin.turn()
+    resident = turn.resident
     if offer.streams:
         # What a stack of one holds for backward is its pair of streams: there once, at any depth.
         streams = max(c.held for c in costs.values())
         resident += streams
         costs = {kind: _above(cost, cost.held) for kind, cost in costs.items()}
     chain = Chain(
-        blocks=tuple(costs[k] for k in kinds), turn_peak=turn_peak, turn_gradients=turn_gradients
+        blocks=tuple(costs[k] for k in kinds), turn_peak=turn.peak, turn_gradients=turn.gradients
     )
-    return chain, kinds, resident
+    end = turn.stem_peak + sum(costs[k].gradients for k in kinds)
+    return chain, kinds, resident, end
 
 
 def _above(cost: BlockCost, base: int) -> BlockCost:

@@ -35,8 +35,9 @@ class Variant:
     """A model with patches, measured. Bytes; seconds.
 
     resident: what is there beside the blocks from step to step, and what the stem leaves alive.
-    floor: the peak while the optimizer steps.  turn_seconds: stem, head and loss of a pass.
-    step_seconds: the optimizer.  passes: forwards and backwards in a step.
+    floor: the peak at the end of backward or while the optimizer steps.
+    turn_seconds: stem, head and loss of a pass.  step_seconds: the optimizer.
+    passes: forwards and backwards in a step.
     outcomes: the schedules worth a look, with what the chain model says of each.
     """
 
@@ -69,6 +70,7 @@ class _Priced:
     chain: Chain
     kinds: list[int]
     resident: int
+    end_peak: int
     patches: Patches
     plain: bool
 
@@ -90,8 +92,10 @@ class _Priced:
 class Costs:
     """Measures combinations of patches of one step; remembers every part."""
 
-    def __init__(self, step: Step, methods: Sequence[Method], *, may_cut: bool = True) -> None:
-        """may_cut: also with the batch in parts, where a method does that."""
+    def __init__(
+        self, step: Step, methods: Sequence[Method], *, whole: "Costs | None" = None
+    ) -> None:
+        """whole: the costs of the whole batch, when `step` is one with the batch in parts."""
         self.step = step
         self.methods = methods
         self.base = Twin(step, bare)
@@ -111,7 +115,9 @@ class Costs:
         self._times: dict[Any, list[tuple[float, float]]] = {}
         self._turns: dict[Any, float] = {}
         self._steps: dict[Any, float] = {}
-        self._may_cut = may_cut
+        self._whole = whole
+        passes = step.accumulate / whole.step.accumulate if whole is not None else 1
+        self._share = 1 / passes  # of the whole batch, in a part
         self._steps_cut: dict[str, Costs] = {}
 
     @cached_property
@@ -133,7 +139,7 @@ class Costs:
     def _cuts(self) -> list[Way]:
         """Ways to cut this batch."""
         found: list[Way] = []
-        for m in self.methods if self._may_cut else ():
+        for m in self.methods if self._whole is None else ():
             if m.promises.applies_to == "batch":
                 ways = [Way(m.name, dict(v)) for v in m.variants]
                 found += [w for w in ways if w.config["parts"] <= rows_of(self.step.batch)]
@@ -142,7 +148,7 @@ class Costs:
 
     def _in_parts(self, way: Way) -> "Costs":
         if way.label not in self._steps_cut:
-            self._steps_cut[way.label] = Costs(self.step.cut([way]), self.methods, may_cut=False)
+            self._steps_cut[way.label] = Costs(self.step.cut([way]), self.methods, whole=self)
         return self._steps_cut[way.label]
 
     def variant(self, patches: Patches, *, plain: bool = False, timed: bool = False) -> Variant:
@@ -159,7 +165,9 @@ class Costs:
         states, floor = self._optimizer(patches, plain)
         return Variant(
             patches=patches, offer=priced.offer, chain=priced.chain, kinds=priced.kinds,
-            resident=priced.resident + states, floor=floor, outcomes=priced.outcomes,
+            resident=priced.resident + states,
+            floor=max(floor, priced.end_peak + states),
+            outcomes=priced.outcomes,
             passes=self.step.accumulate,
             turn_seconds=self._turn_seconds(patches) if timed else 0.0,
             step_seconds=self._step_seconds(patches) if timed else 0.0,
@@ -190,8 +198,8 @@ class Costs:
             inside = tuple(w for w in patches if w.changes_blocks)
             known = self._blocks.setdefault((_name(inside), plain), {})
             with twin.patched(w for w in on_chain if not w.promises.changes_weights):
-                chain, kinds, resident = measure_chain(twin, offer, known)
-            self._chains[key] = _Priced(offer, chain, kinds, resident, inside, plain)
+                chain, kinds, resident, end = measure_chain(twin, offer, known)
+            self._chains[key] = _Priced(offer, chain, kinds, resident, end, inside, plain)
         return self._chains[key]
 
     def _optimizer(self, patches: Patches, plain: bool) -> tuple[int, int]:
@@ -217,38 +225,50 @@ class Costs:
             if priced.patches and not _of_another_dtype(priced.patches) and not plain:
                 base = self._timed_chain((), plain).chain.blocks
                 blocks = tuple(map(no_faster, blocks, base))
+            if self._whole is not None:
+                base = self._whole._timed_chain(patches, plain).chain.blocks
+                blocks = tuple(
+                    no_faster(b, w, self._share) for b, w in zip(blocks, base, strict=True)
+                )
             self._timed_chains[key] = replace(priced, chain=replace(priced.chain, blocks=blocks))
         return self._timed_chains[key]
 
     def _block_times(self, priced: _Priced, kind: int) -> list[tuple[float, float]]:
-        """(forward, backward) of every way on offer. A patched block is timed kept and run again;
-        its other ways take as much longer than the unpatched block's as keeping does."""
+        """(forward, backward) of every way on offer. A patched block, and one on a part of the
+        batch, is timed kept and run again; its other ways take as much longer or shorter than the
+        unpatched block's on the whole batch as keeping does."""
         ways = [*priced.offer.kept, *([priced.offer.redo] if priced.offer.redo else [])]
         inside = tuple(w for w in priced.patches if not w.promises.frees_gradients)
         key = (_name(inside), priced.plain, kind)
         if key in self._times:
             return self._times[key]
         twin = self._twin(inside, priced.plain)
-        if not inside:
+        if inside:
+            known = self._block_times(replace(priced, patches=()), kind)
+        elif self._whole is not None:
+            known = self._whole._block_times(priced, kind)
+        else:
             self._times[key] = self.timer.block(self.base, twin, kind, ways, ())
             return self._times[key]
-        unpatched = self._block_times(replace(priced, patches=()), kind)
         first, *_, last = self.timer.block(self.base, twin, kind, [ways[0], ways[-1]], inside)
-        forward, backward = (
-            now / max(was, 1e-9) for now, was in zip(first, unpatched[0], strict=True)
-        )
-        scaled = [(f * forward, b * backward) for f, b in unpatched]
+        forward, backward = (now / max(was, 1e-9) for now, was in zip(first, known[0], strict=True))
+        scaled = [(f * forward, b * backward) for f, b in known]
         self._times[key] = [first, *scaled[1:-1], last] if len(ways) > 1 else [first]
         return self._times[key]
 
     def _turn_seconds(self, patches: Patches) -> float:
-        ways = tuple(w for w in patches if w.applies_to == "loss" or w.changes_blocks)
-        ways = tuple(w for w in ways if not w.promises.frees_gradients)
+        # Neither when gradients go nor where the blocks' weights are changes it.
+        ways = tuple(
+            w for w in patches
+            if w.applies_to in ("loss", "module") or w.promises.changes_weights
+        )  # fmt: skip
         key = _name(ways)
         if key not in self._turns:
             seconds = self.timer.turn(self.base, ways)
             if ways and not _of_another_dtype(ways):
                 seconds = max(seconds, self._turn_seconds(()))
+            if self._whole is not None:
+                seconds = max(seconds, self._whole._turn_seconds(patches) * self._share)
             self._turns[key] = seconds
         return self._turns[key]
 
@@ -342,14 +362,15 @@ def timed_block(block: BlockCost, times: Iterable[tuple[float, float]]) -> Block
     return replace(block, options=tuple(options), walk_seconds=walk, again_seconds=again)
 
 
-def no_faster(block: BlockCost, plain: BlockCost) -> BlockCost:
-    """A patched block with seconds at least those of the block as it is: a patch trades time for
-    memory, and a clock that says otherwise is not to decide."""
+def no_faster(block: BlockCost, plain: BlockCost, share: float = 1.0) -> BlockCost:
+    """A patched block with seconds at least those of the block as it is, or one on a share of the
+    batch with at least that share: both trade time for memory, and a clock that says otherwise is
+    not to decide."""
     options = tuple(
-        replace(o, seconds=max(o.seconds, p.seconds))
+        replace(o, seconds=max(o.seconds, share * p.seconds))
         for o, p in zip(block.options, plain.options, strict=True)
     )
     return replace(
-        block, options=options, walk_seconds=max(block.walk_seconds, plain.walk_seconds),
-        again_seconds=max(block.again_seconds, plain.again_seconds),
+        block, options=options, walk_seconds=max(block.walk_seconds, share * plain.walk_seconds),
+        again_seconds=max(block.again_seconds, share * plain.again_seconds),
     )  # fmt: skip
