@@ -104,11 +104,13 @@ def _train(sample: Source, vocab_size: int) -> "PreTrainedTokenizerFast":
 
 
 def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer in a directory, or of a Hugging Face model by its name.
+    """The tokenizer in a directory or a .gguf file, or of a Hugging Face model by its name.
 
     No code from the directory or the model is run. DataError when there is none.
     """
     path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return _loaded(path.parent, gguf_file=path.name)
     is_local = path.is_dir()
     if not is_local and (path.is_absolute() or str(name).startswith(".") or path.exists()):
         raise DataError(
@@ -116,10 +118,14 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerFast":
             expected="a directory with tokenizer.json, or the name of a Hugging Face model",
             hint="Name the directory that the model was saved in.",
         )
+    return _loaded(path if is_local else str(name))
+
+
+def _loaded(name: str | Path, **more: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path if is_local else str(name))
+        return AutoTokenizer.from_pretrained(name, **more)
     # What is raised depends on the transport and on the file that is wrong; it stays chained.
     except Exception as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__

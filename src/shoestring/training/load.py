@@ -12,8 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..checkpoint import MANIFEST, newest_complete, verify
+from ..data import load_tokenizer
 from ..errors import CheckpointError, ConfigError
 from ..methods.reversible import reversible
+from ..models.gguf import is_gguf, load_gguf
 from ..models.gpt import GPT, GPTConfig
 from .save import no_progress_bar
 
@@ -23,10 +25,13 @@ _LARGEST_INDEX = 64 << 20
 
 
 def load(run_or_model_dir: str | Path) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer) of a run directory or a model directory; tokenizer None without one.
+    """(model, tokenizer) of a run directory, a model directory or a .gguf file; tokenizer None
+    without one.
 
     CheckpointError when a file does not match the manifest or nothing is there.
     """
+    if is_gguf(run_or_model_dir):
+        return load_model(run_or_model_dir), load_tokenizer(run_or_model_dir)
     directory = model_directory(Path(run_or_model_dir))
     verify(directory)
     model = load_model(directory)
@@ -96,10 +101,13 @@ def _pickled(file: Path) -> CheckpointError:
 
 
 def load_model(name: str | Path, *, from_scratch: bool = False) -> PreTrainedModel:
-    """A causal language model in float32 from a directory or a hub name.
+    """A causal language model in float32 from a directory, a .gguf file or a hub name.
 
     from_scratch: its config with random weights. ConfigError when it cannot be had.
     """
+    if is_gguf(name):
+        with no_progress_bar():
+            return load_gguf(name, from_scratch=from_scratch)
     try:
         # Without the flag transformers asks on the terminal whether to run a model's own code.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
