@@ -69,14 +69,19 @@ class MappedFile:
         leave_out([made])  # before anything is done to it: a Tracker counts what it sees
         return made.view(shape)
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor lies in this file."""
+        if self._map is None or isinstance(tensor, FakeTensor) or not tensor.numel():
+            return False
+        return 0 <= tensor.untyped_storage().data_ptr() - self._base < self.nbytes
+
     def release(self, tensor: Tensor) -> None:
         """Give the pages under `tensor` back to the system. Its values stay: they are read from
-        the file when next touched."""
-        if self._map is None or isinstance(tensor, FakeTensor) or not tensor.numel():
+        the file when next touched. Nothing is done to a tensor that lies elsewhere."""
+        if self._map is None or not self.holds(tensor):
             return
         storage = tensor.untyped_storage()
         start = storage.data_ptr() - self._base
-        assert 0 <= start < self.nbytes, "a tensor of another file"
         self._map.madvise(mmap.MADV_DONTNEED, start, pages(storage.nbytes()))
 
     def _at(self, start: int, count: int, dtype: torch.dtype) -> Tensor:

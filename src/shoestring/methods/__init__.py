@@ -5,9 +5,13 @@ from collections.abc import Iterable
 from ..errors import ConfigError, StackError, closest
 from ..stack import Span, Stack
 from .base import Method, Promises, Undo
+from .bf16_stochastic import Bf16Stochastic
 from .chunked_loss import ChunkedLoss
 from .chunked_mlp import ChunkedMlp
+from .fused_step import FusedStep
 from .keep import Keep
+from .low_bit_states import LowBitStates
+from .offload_optimizer import OffloadOptimizer
 from .recompute import Recompute
 from .reversible import Reversible
 
@@ -19,6 +23,10 @@ METHODS: dict[str, Method] = {
         Reversible(),
         ChunkedLoss(),
         ChunkedMlp(),
+        FusedStep(),
+        LowBitStates(),
+        Bf16Stochastic(),
+        OffloadOptimizer(),
     )
 }
 

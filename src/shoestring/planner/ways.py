@@ -111,7 +111,7 @@ def patches_for(model: nn.Module, methods: Iterable[Method]) -> list[tuple[Way, 
     """Every combination of at most one loss and one module method that this model takes."""
     groups: dict[str, list[tuple[Way, ...]]] = {"loss": [()], "module": [()]}
     for m in methods:
-        if m.promises.applies_to == "span":
+        if m.promises.applies_to not in groups:
             continue
         try:
             undo = m.apply(model, m.configure())
