@@ -27,6 +27,7 @@ NEIGHBOURS = {0, 1}  # levels whose members may import each other
 ALLOWED = {
     ("report", "checkpoint"),  # a page is written whole or not at all
     ("convert", "training"),  # healing a converted model trains it
+    ("methods", "optim"),  # a method of the optimizer makes one
     ("models", "methods"),  # a model that is reversible by construction
 }
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

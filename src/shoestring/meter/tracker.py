@@ -57,6 +57,8 @@ class Tracker(TorchDispatchMode):
         self._node_before = ""
         self._root = 0  # the last ones_like: the gradient of the loss itself, no part of forward
         self._saw_backward = False
+        self._steps = 0  # optimizers that are within their step
+        self._phase_before = ""
         self._undo: list[Callable[[], None]] = []
 
     # ---- reading ---------------------------------------------------------------------------
@@ -272,7 +274,9 @@ class Tracker(TorchDispatchMode):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 self._know_parameter(parameter)
-        self.assign("optimizer", tensors_in(optimizer.state.values()))
+                # Not all of the states: a step within backward has one parameter of many.
+                if parameter in optimizer.state:
+                    self.assign("optimizer", tensors_in((optimizer.state[parameter],)))
 
     def _assign_gradients(self) -> None:
         for reference in self._parameters.values():
@@ -283,11 +287,18 @@ class Tracker(TorchDispatchMode):
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._know_optimizer(optimizer)
         self._assign_gradients()
+        if self.phase != "optimizer step":  # optimizers may stand around one another
+            self._phase_before = self.phase
+        self._steps += 1
         self.phase = "optimizer step"
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._know_optimizer(optimizer)
-        self.phase = "after optimizer step"
+        self._steps -= 1
+        if self._steps == 0:
+            # A step made by a hook is over before the backward it was made in.
+            in_backward = torch._C._current_graph_task_id() != -1
+            self.phase = self._phase_before if in_backward else "after optimizer step"
 
     # ---- phases ----------------------------------------------------------------------------
 

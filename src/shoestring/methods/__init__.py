@@ -5,10 +5,14 @@ from collections.abc import Iterable
 from ..errors import ConfigError, StackError, closest
 from ..stack import Span, Stack
 from .base import MakeOptimizer, Method, Promises, Undo
+from .bf16_stochastic import Bf16Stochastic
 from .chunked_loss import ChunkedLoss
 from .chunked_mlp import ChunkedMlp
+from .fused_step import FusedStep
 from .keep import Keep
+from .low_bit_states import LowBitStates
 from .microbatch import Microbatch
+from .offload_optimizer import OffloadOptimizer
 from .recompute import Recompute
 from .reversible import Reversible
 from .stream_weights import StreamWeights
@@ -23,6 +27,10 @@ METHODS: dict[str, Method] = {
         ChunkedMlp(),
         Microbatch(),
         StreamWeights(),
+        FusedStep(),
+        LowBitStates(),
+        Bf16Stochastic(),
+        OffloadOptimizer(),
     )
 }
 

@@ -1,0 +1,6 @@
+"""Optimizers that no library has, and what is needed to put one around another."""
+
+from .adamw import ChunkedAdamW
+from .stepping import Around, coupling, put_state, step_one
+
+__all__ = ["Around", "ChunkedAdamW", "coupling", "put_state", "step_one"]
