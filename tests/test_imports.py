@@ -14,7 +14,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "shoestring"
 LEVELS = [
-    {"errors", "units", "allocator", "ops", "rows"},
+    {"errors", "units", "allocator", "ops", "quiet", "rows"},
     {"stack", "meter", "rss", "tape", "rules", "streams", "branches", "conversion", "mapped"},
     {"methods", "precision", "models", "objectives", "optim", "data"},
     {"planner", "checkpoint", "report"},

@@ -46,6 +46,7 @@ class Bf16Stochastic(Method):
         fidelity="unbiased",
         applies_to="optimizer",
         saved_grows_with=frozenset({"depth", "batch", "length"}),
+        changes_weights=True,
     )
     Config = Bf16StochasticConfig
 

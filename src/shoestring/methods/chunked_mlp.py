@@ -33,6 +33,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ConfigError, StackError
+from ..quiet import quiet_fakes
 from ..stack import Stack
 from ..tape import Modes, RandomState
 from .base import Method, Promises, Undo
@@ -321,7 +322,7 @@ def _why_not_by_trial(module: nn.Module, linear: list[nn.Module]) -> str | None:
             x = _probe(weight, width)
             witness = _Witness(PROBE_ROWS)
             try:
-                with torch.no_grad(), witness:
+                with quiet_fakes(), torch.no_grad(), witness:
                     y = module.forward(x)
             except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
                 continue

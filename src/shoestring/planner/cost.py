@@ -412,9 +412,9 @@ class Twin:
             chosen = optimizer_for(self.model, ways, self.step.make)(parameters)
             for _ in range(2):  # the second finds the states that the first has made
                 ledger.peak = ledger.live
-                for parameter in parameters:
-                    # Some step as soon as a gradient is there, and leave none.
-                    torch.autograd.backward(parameter, torch.zeros_like(parameter))
+                # One backward in which gradients come one by one: some step as soon as one is
+                # there, and leave none.
+                torch.autograd.backward([sink(parameter) for parameter in parameters])
                 chosen.step()
                 chosen.zero_grad(set_to_none=True)
             return ledger.live - before, ledger.peak

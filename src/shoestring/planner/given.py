@@ -4,7 +4,6 @@ in the user's words, not in those of a call far below."""
 import contextlib
 import copy
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ConfigError
+from ..quiet import quiet_fakes
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -142,7 +142,7 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for generator in generators_of(model):
         # Its own state is not the twin's to move on.
         memo[id(generator)] = torch.Generator(generator.device)
-    with _quiet_torch():
+    with quiet_fakes():
         try:
             return copy.deepcopy(model, memo)
         except Exception as error:
@@ -165,14 +165,3 @@ def _culprit(model: nn.Module, known: dict[int, Any]) -> str:
             except Exception:
                 return f"{path or 'its'} {name!r}"
     return "it"
-
-
-@contextlib.contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """Fake tensors log a page about what is then told in a sentence."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    was, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = was
