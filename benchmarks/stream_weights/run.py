@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from shoestring.allocator import tuned_environment
 from shoestring.data import encode, open_source, train_tokenizer
 from shoestring.meter import Meter
 from shoestring.methods.stream_weights import build_outside
@@ -40,7 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 JOBS = ("adapters", "full")
 ARMS = ("streamed", "in memory")
 VOCABULARY = 2048
-FULL = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "heads": 16}
+FULL = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 20, "heads": 12}
 SMOKE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 12, "heads": 4}
 
 
@@ -119,14 +120,14 @@ def run_arm(
     """One job in one way, in this process."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     batches = text(rows, tokens)
-    budget = weight_bytes(config(smoke)) // 3
+    budget = weight_bytes(config(smoke)) // (2 if smoke else 3)
     before = {name: status_bytes(name) for name in ("RssAnon", "RssFile")}
     with Resident() as resident:
         started = time.monotonic()
         model = build_outside(lambda: built(job, smoke)) if arm == "streamed" else built(job, smoke)
         built_s = time.monotonic() - started
         started = time.monotonic()
-        plans = planner(model, batches[0], optimizer=adamw, allow="exact")
+        plans = planner(model, batches[0], optimizer=adamw, hands_over=["optimizer"])
         plan = plans(budget if arm == "streamed" else "64 GiB")
         planned_s = time.monotonic() - started
         plan.apply(model)
@@ -166,7 +167,8 @@ def run_arm(
 def in_process(job: str, arm: str, settings: list[str]) -> dict[str, Any]:
     command = [sys.executable, __file__, "--arm", job, arm, *settings]
     with tempfile.NamedTemporaryFile("r", suffix=".json") as out:
-        subprocess.run([*command, "--out", out.name], check=True)
+        environment = {**os.environ, **tuned_environment()}
+        subprocess.run([*command, "--out", out.name], check=True, env=environment)
         return dict(json.load(out))
 
 

@@ -95,7 +95,7 @@ def test_parts_are_views_the_largest_first_and_scalars_are_in_each():
 def test_plans_cut_only_where_the_loop_lets_them():
     names = [m.name for m in allowed("exact")]
     assert "microbatch" not in names
-    assert "microbatch" in [m.name for m in allowed("exact", cuts_batch=True)]
+    assert "microbatch" in [m.name for m in allowed("exact", hands_over=["batch"])]
     assert "microbatch" in [m.name for m in allowed(ONLY)]
 
 

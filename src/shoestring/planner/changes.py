@@ -18,7 +18,7 @@ from ..units import format_bytes
 from .choose import Planner
 from .cost import Step
 from .in_place import bare
-from .ways import FIDELITIES, allowed, apply_ways
+from .ways import FIDELITIES, HANDED_OVER, allowed, apply_ways
 
 WANTED = 3
 Attempt = tuple[str, Callable[[], int]]
@@ -82,6 +82,7 @@ def _mildest(attempts: list[Attempt], budget: int) -> Change | None:
 def _families(planner: Planner) -> Iterator[Iterator[Attempt]]:
     """Each gives stronger and stronger changes of one sort."""
     step = planner.step
+    yield _handing_over(planner)
     yield _allowing(planner)
     if step.autocast is None:
         lower = replace(step, autocast=torch.bfloat16)
@@ -105,16 +106,31 @@ def _peak(planner: Planner, step: Step) -> int:
     return planner.simulated(planner.smallest, step).peak_bytes
 
 
+def _handing_over(planner: Planner) -> Iterator[Attempt]:
+    """More of the loop left to the plan."""
+    over: tuple[str, ...] = planner.hands_over
+    for each in HANDED_OVER:
+        if each in over or planner.allow not in FIDELITIES:
+            continue
+        over = (*over, each)
+
+        def attempt(over: tuple[str, ...] = over) -> int:
+            other = Planner(planner.step, allow=planner.allow, seconds=False, hands_over=over)
+            return other.smallest_bytes
+
+        yield f"leave more to the plan: hands_over={over}", attempt
+
+
 def _allowing(planner: Planner) -> Iterator[Attempt]:
     """Methods that were not allowed."""
     now = {m.name for m in planner.methods}
     for fidelity in FIDELITIES:
-        more = {m.name for m in allowed(fidelity, cuts_batch=planner.cuts_batch)} - now
+        more = {m.name for m in allowed(fidelity, hands_over=planner.hands_over)} - now
         if more:
 
             def attempt(level: str = fidelity) -> int:
                 other = Planner(
-                    planner.step, allow=level, seconds=False, cuts_batch=planner.cuts_batch
+                    planner.step, allow=level, seconds=False, hands_over=planner.hands_over
                 )
                 return other.smallest_bytes
 

@@ -9,6 +9,7 @@ bisection up, so the predicted step time never rises with the budget.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -67,13 +68,13 @@ class Planner:
         *,
         allow: Allow = "exact",
         seconds: bool = True,
-        cuts_batch: bool = False,
+        hands_over: Sequence[str] = (),
     ) -> None:
         self.step = step
         self.allow = allow
         self.timed = seconds
-        self.cuts_batch = cuts_batch
-        self.methods = allowed(allow, cuts_batch=cuts_batch)
+        self.hands_over = tuple(hands_over)
+        self.methods = allowed(allow, hands_over=self.hands_over)
         self.costs = Costs(step, self.methods)
         self.base, self.offer = self.costs.base, self.costs.offer
         self._profiles: dict[str, Profile] = {}

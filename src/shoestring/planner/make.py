@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def plan(
     autocast: torch.dtype | None = None,
     accumulate: int = 1,
     grad_clip: float | None = None,
-    cuts_batch: bool = False,
+    hands_over: Sequence[str] = (),
 ) -> Plan:
     """The fastest way to train `model` on `batch` within `budget` bytes of live tensors.
 
@@ -46,14 +46,17 @@ def plan(
     (losses then equal those of the unplanned run bit for bit); or a list of method names.
     seconds: False skips all timing; the plan then has no step time.
     autocast, accumulate (forward and backward passes a step), grad_clip: as in the loop.
-    cuts_batch: the loop calls `plan.backward(model, batch)`, which may run the batch in parts.
+    hands_over: what the loop leaves to the plan: "optimizer", where it takes the optimizer from
+    `plan.optimizer(model)` (it may then step inside backward, or keep its states elsewhere);
+    "batch", where it calls `plan.backward(model, batch)` (which may run the batch in parts). With
+    neither the loop stays as it is; a method that is named in `allow` counts as asked for.
 
     Raises OutOfBudget (nothing fits: the smallest budget that does, the instant that decides,
     three changes that get there), ConfigError, StackError.
     """
     return planner(
         model, batch, optimizer=optimizer, allow=allow, loss=loss, seconds=seconds,
-        autocast=autocast, accumulate=accumulate, grad_clip=grad_clip, cuts_batch=cuts_batch,
+        autocast=autocast, accumulate=accumulate, grad_clip=grad_clip, hands_over=hands_over,
     )(budget)  # fmt: skip
 
 
@@ -68,14 +71,14 @@ def planner(
     autocast: torch.dtype | None = None,
     accumulate: int = 1,
     grad_clip: float | None = None,
-    cuts_batch: bool = False,
+    hands_over: Sequence[str] = (),
 ) -> "PlanFor":
     """As `plan`, for several budgets: measures once, then answers `planner(...)(budget)`."""
     step = Step(
         model=model, batch=batch, optimizer=factory_of(optimizer), loss=loss, autocast=autocast,
         accumulate=accumulate, grad_clip=grad_clip,
     )  # fmt: skip
-    return PlanFor(Planner(step, allow=allow, seconds=seconds, cuts_batch=cuts_batch))
+    return PlanFor(Planner(step, allow=allow, seconds=seconds, hands_over=hands_over))
 
 
 class PlanFor:

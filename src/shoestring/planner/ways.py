@@ -22,6 +22,9 @@ from ..stack import Executor, Span, Stack
 
 FIDELITIES = ("bitwise", "exact", "unbiased", "structural")
 """What `allow` may be, from strict to free; bitwise is exact without reordered sums."""
+HANDED_OVER = ("optimizer", "batch")
+"""What a loop may leave to a plan: it takes its optimizer from `Plan.optimizer`; it calls
+`Plan.backward`."""
 Allow = str | Sequence[str]
 
 
@@ -73,20 +76,28 @@ class Offer:
     is one). The ways above are those of a stack of one block."""
 
 
-def allowed(allow: Allow, *, cuts_batch: bool = False) -> list[Method]:
+def allowed(allow: Allow, *, hands_over: Sequence[str] = ()) -> list[Method]:
     """The methods that `allow` lets in: a fidelity lets in all that promise as much or more; a
     list names them. Keeping is always allowed.
 
-    cuts_batch: whether the loop hands over the whole step, so that its batch may be cut without
-    a method being named for it.
+    hands_over: what the loop leaves to the plan, of `HANDED_OVER`. Methods that are applied there
+    are let in only so, or by name: a loop that does not know of them would not use them.
     """
+    for each in hands_over:
+        if each not in HANDED_OVER:
+            raise ConfigError(
+                f"hands_over has {each!r}",
+                expected=f"some of {list(HANDED_OVER)}",
+                hint=closest(each, HANDED_OVER),
+            )
+    kept_back = {*HANDED_OVER} - {*hands_over}
     if isinstance(allow, str) and allow in FIDELITIES:
         good = FIDELITIES[: FIDELITIES.index(allow) + 1]
         return [
             m
             for m in METHODS.values()
             if {m.promises.fidelity, m.promises.grade} & {*good}
-            and (cuts_batch or m.promises.applies_to != "batch")
+            and m.promises.applies_to not in kept_back
         ]
     names = [allow] if isinstance(allow, str) else list(allow)
     for name in names:
