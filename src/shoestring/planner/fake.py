@@ -94,17 +94,25 @@ def simulate(
         tracker.seed(twin, chosen)
         tracker.assign("other", _tensors(fake))
         first_only = (0, 0)
+
+        def turn() -> None:
+            for _ in range(accumulate):
+                with _autocast(twin, autocast):
+                    value = loss_of(twin, fake, loss)
+                (value / accumulate if accumulate > 1 else value).backward()
+                del value
+            if grad_clip is not None:
+                nn.utils.clip_grad_norm_(parameters, grad_clip)
+
         with tracker, explained(type(twin).__name__):
             for number in range(steps):
-                for _ in range(accumulate):
-                    with _autocast(twin, autocast):
-                        value = loss_of(twin, fake, loss)
-                    (value / accumulate if accumulate > 1 else value).backward()
-                    del value
-                if grad_clip is not None:
-                    nn.utils.clip_grad_norm_(parameters, grad_clip)
+                states = len(chosen.state)
+                turn()
                 if later and number == steps - 1:
-                    first_only = _step_and_later(tracker, chosen)
+                    if len(chosen.state) > states and states == 0:
+                        first_only = _step_again(tracker, chosen, turn)
+                    else:
+                        first_only = _step_and_later(tracker, chosen)
                 else:
                     chosen.step()
                 chosen.zero_grad(set_to_none=True)
@@ -131,6 +139,21 @@ def _step_and_later(tracker: Tracker, optimizer: Optimizer) -> tuple[int, int]:
         ledger.peak_by_category["optimizer"] += states
         ledger.peak_phase, ledger.peak_operator = found.peak_phase, found.peak_operator
     return began, made_states
+
+
+def _step_again(
+    tracker: Tracker, optimizer: Optimizer, turn: Callable[[], None]
+) -> tuple[int, int]:
+    """A whole step more, for an optimizer whose states came to be within the backward. Returns
+    the stretch of the history that is before it."""
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    history = tracker.ledger.history
+    assert history is not None
+    before = history.now
+    turn()
+    optimizer.step()
+    return -1, before
 
 
 def fake_model(model_or_config: Any, mode: FakeTensorMode) -> nn.Module:
