@@ -80,8 +80,12 @@ def measured(chain: Chain, base: MakeOptimizer, tokens: int = 4) -> Meter:
     """Two steps, counted."""
     model = gpt()
     stepping = put(model, chain, base)
+    data = batch(tokens=tokens)
     with Meter(model, stepping, history=True) as meter:
-        train(model, stepping, 2, tokens=tokens)
+        for _ in range(2):
+            model(**data).loss.backward()
+            stepping.step()
+            stepping.zero_grad()
     return meter
 
 

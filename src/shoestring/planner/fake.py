@@ -127,16 +127,18 @@ def _step_and_later(tracker: Tracker, optimizer: Optimizer) -> tuple[int, int]:
     assert ledger.history is not None
     tracker.mark("optimizer step")
     found = replace(ledger, peak_by_category=dict(ledger.peak_by_category))
-    states = ledger.by_category["optimizer"]
+    states, existing = ledger.by_category["optimizer"], ledger.existing
     began = ledger.history.now
     optimizer.step()
     made_states = ledger.history.now
     optimizer.step()  # its own peak, with the states there from the start
     states = ledger.by_category["optimizer"] - states
-    if found.peak + states > ledger.peak:
-        ledger.peak = found.peak + states
+    tables = ledger.existing - existing  # of the optimizer's own, noticed only in its step
+    if found.peak + states + tables > ledger.peak:
+        ledger.peak = found.peak + states + tables
         ledger.peak_by_category = found.peak_by_category
         ledger.peak_by_category["optimizer"] += states
+        ledger.peak_by_category["other"] += tables
         ledger.peak_phase, ledger.peak_operator = found.peak_phase, found.peak_operator
     return began, made_states
 
