@@ -3,9 +3,12 @@
 Nothing here names a method. What a method needs follows from what it declares: one that rebuilds
 "streams" is given a network made reversible, and is held against the same network with all
 graphs kept (its `keep_top`); every other method is given the plain network and held against it.
+One of the optimizer is given a wider network, and makes the optimizer wherever one is needed.
 """
 
 import copy
+import functools
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,15 +36,23 @@ SHAPE = {
 }
 
 
-def gpt(depth: int = DEPTH, dropout: float = 0.0, streams: bool = False) -> nn.Module:
+WIDER = {"hidden_size": 64, "intermediate_size": 128}
+"""For methods of the optimizer, which leave small tensors as they are."""
+
+
+def gpt(depth: int = DEPTH, dropout: float = 0.0, streams: bool = False, **shape: int) -> nn.Module:
     torch.manual_seed(1)
     rule = "feistel" if streams else "residual"
-    return GPT(GPTConfig(num_hidden_layers=depth, dropout=dropout, rule=rule, **SHAPE)).train()
+    sizes = {**SHAPE, **shape}
+    return GPT(GPTConfig(num_hidden_layers=depth, dropout=dropout, rule=rule, **sizes)).train()
 
 
-def llama(depth: int = DEPTH, dropout: float = 0.0, streams: bool = False) -> nn.Module:
+def llama(
+    depth: int = DEPTH, dropout: float = 0.0, streams: bool = False, **shape: int
+) -> nn.Module:
     torch.manual_seed(1)
-    config = LlamaConfig(num_hidden_layers=depth, attention_dropout=dropout, **SHAPE)
+    sizes = {**SHAPE, **shape}
+    config = LlamaConfig(num_hidden_layers=depth, attention_dropout=dropout, **sizes)
     model = LlamaForCausalLM(config).train()
     return reversible(model) if streams else model
 
@@ -66,6 +77,8 @@ class Subject:
 
     def network(self, kind: str = "gpt", **sizes: Any) -> nn.Module:
         """A network the method can run, the same weights each time."""
+        if is_of_the_optimizer(self):
+            sizes = {**WIDER, **sizes}
         return NETWORKS[kind](streams=self.promises.rebuilds == "streams", **sizes)
 
     def yardstick(self, kind: str = "gpt", **sizes: Any) -> nn.Module:
@@ -82,8 +95,20 @@ class Subject:
         return model
 
 
+MAKERS: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
+
+
+def _made(
+    method: Method, settings: Mapping[str, Any], model: nn.Module, parameters: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    return method.optimizer(model, parameters, adamw, method.configure(settings))
+
+
 def put(method: Method, model: nn.Module, settings: Mapping[str, Any]) -> Callable[[], None]:
-    """Put the method into the model, in place; returns how to undo it."""
+    """Put the method into the model, in place; returns how to undo it. One of the optimizer
+    makes the model's from then on."""
+    if method.promises.applies_to == "optimizer":
+        MAKERS[model] = functools.partial(_made, method, dict(settings))
     if method.promises.applies_to != "span":
         return method.apply(model, method.configure(settings))
     stack = Stack.of(model)
@@ -125,6 +150,10 @@ def is_bitwise(subject: Subject) -> bool:
     return bool(subject.promises.grade == "bitwise")
 
 
+def is_of_the_optimizer(subject: Subject) -> bool:
+    return bool(subject.promises.applies_to == "optimizer")
+
+
 def is_default(subject: Subject) -> bool:
     return not subject.settings
 
@@ -138,8 +167,17 @@ def batch(rows: int = 2, tokens: int = 24) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=3e-3, fused=True)
+
+
+def optimizer(
+    model: nn.Module, parameters: list[nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW, made by the method that was put into the model, if that makes optimizers."""
+    parameters = list(model.parameters()) if parameters is None else parameters
+    make = MAKERS.get(model)
+    return adamw(parameters) if make is None else make(model, parameters)
 
 
 def gradients(model: nn.Module, data: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -158,15 +196,15 @@ def train(
     state: dict[str, Any] | None = None,
 ) -> tuple[list[float], torch.optim.Optimizer]:  # fmt: skip
     """AdamW for steps start..steps-1; returns the losses and the optimizer."""
-    adamw = optimizer(model)
+    stepping = optimizer(model)
     if state is not None:
-        adamw.load_state_dict(copy.deepcopy(state))
+        stepping.load_state_dict(copy.deepcopy(state))
     losses = []
     for step in range(start, steps):
         torch.manual_seed(100 + step)
         loss = model(**data(step)).loss
         loss.backward()
-        adamw.step()
-        adamw.zero_grad(set_to_none=True)
+        stepping.step()
+        stepping.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
-    return losses, adamw
+    return losses, stepping

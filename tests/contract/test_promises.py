@@ -27,6 +27,7 @@ from contract.subjects import (
     is_bitwise,
     is_default,
     is_exact,
+    is_of_the_optimizer,
     optimizer,
     put,
     train,
@@ -82,8 +83,12 @@ def test_undo_gives_the_network_back(subject: Subject, kind: str) -> None:
     gradients(model, batch())
     undo()
     after = gradients(model, batch())
-    assert torch.equal(before[0], after[0])
-    assert all(torch.equal(g, after[1][n]) for n, g in before[1].items())
+    if is_exact(subject) or not is_of_the_optimizer(subject):
+        assert torch.equal(before[0], after[0])
+        assert all(torch.equal(g, after[1][n]) for n, g in before[1].items())
+    else:  # weights may have been in fewer bits meanwhile
+        assert torch.allclose(before[0], after[0], rtol=2**-8)
+        assert all(g.dtype == after[1][n].dtype for n, g in before[1].items())
     assert [n for n, _ in model.named_parameters()] == [
         n for n, _ in subject.network(kind).named_parameters()
     ]
@@ -106,10 +111,14 @@ def measured_peak(model: nn.Module, data: Mapping[str, Tensor]) -> int:
 @every_pair()
 def test_measured_bytes_never_exceed_predicted(subject: Subject, kind: str) -> None:
     data = batch(rows=4, tokens=64)
+    twins = []
+
+    def apply(twin: nn.Module) -> None:
+        put(subject.method, twin, subject.settings)
+        twins.append(twin)
+
     predicted = simulate(
-        subject.network(kind),
-        data,
-        apply=lambda twin: put(subject.method, twin, subject.settings),
+        subject.network(kind), data, apply=apply, optimizer=lambda ps: optimizer(twins[0], ps)
     ).peak_bytes
     measured = measured_peak(subject.applied(kind), data)
     assert 0 <= (predicted - measured) / measured <= 0.03
@@ -193,10 +202,12 @@ def test_a_saved_model_gives_the_same_logits_and_text(
     model.eval()
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path).eval()
+    if is_of_the_optimizer(subject):
+        put(subject.method, loaded, subject.settings)  # the weights may be in another dtype
     prompt = {k: v[:1, :8] for k, v in batch().items() if k != "labels"}
     with torch.no_grad():
         ours, theirs = model(**prompt).logits, loaded(**prompt).logits
-    if is_bitwise(subject):
+    if is_bitwise(subject) or is_of_the_optimizer(subject):
         assert torch.equal(ours, theirs)
     else:
         bound = subject.promises.bound_eps * torch.finfo(torch.float32).eps
@@ -258,7 +269,7 @@ def test_a_method_used_as_what_it_is_not_is_refused(subject: Subject) -> None:
         wrong()
 
 
-@every(is_default)
+@every(is_default, lambda s: not is_of_the_optimizer(s))
 def test_a_model_without_layers_is_refused(subject: Subject) -> None:
     with pytest.raises(StackError):
         put(subject.method, nn.Linear(4, 4), {})
@@ -279,7 +290,7 @@ def test_a_network_without_streams_is_refused(subject: Subject) -> None:
         put(subject.method, gpt(), {})
 
 
-@every(is_default, lambda s: s.promises.applies_to != "span")
+@every(is_default, lambda s: s.promises.applies_to not in ("span", "optimizer"))
 def test_applying_twice_is_refused(subject: Subject) -> None:
     model = subject.applied()
     with pytest.raises(StackError):

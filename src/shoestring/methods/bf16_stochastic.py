@@ -54,15 +54,16 @@ class Bf16Stochastic(Method):
         """Cast every float32 parameter to bfloat16, in place: parameters, their names and ties
         stay, buffers stay float32. Undo casts them back.
 
-        StackError for a model without float32 weights, and for one with gradients.
+        StackError for a model that trains neither float32 nor bfloat16 weights, and for one with
+        gradients.
         """
-        cast = [p for p in model.parameters() if p.dtype == torch.float32]
-        if not any(p.requires_grad for p in cast):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not any(p.dtype in (torch.float32, torch.bfloat16) for p in trained):
             raise StackError(
-                f"{type(model).__name__} has no float32 weights to train",
-                expected="float32 weights, which bf16_stochastic casts to bfloat16",
-                hint="It can be applied once; on a model in bfloat16 leave out apply.",
+                f"{type(model).__name__} has no weights to train in float32 or bfloat16",
+                expected="weights that can be held in bfloat16",
             )
+        cast = [p for p in model.parameters() if p.dtype == torch.float32]
         if any(p.grad is not None for p in cast):
             raise StackError(
                 f"{type(model).__name__} has gradients in float32",

@@ -9,7 +9,9 @@ Memory: the states of one parameter at a time. What is smaller than a page (4,09
 Time: every state is read and written once a step: 8 bytes a parameter each way for AdamW, as fast
 as the disk (or the bus) is; on a CPU from the page cache where there is memory for it.
 Exactness: bitwise; states are the same numbers in another place, also in the state_dict.
-Limits: an optimizer that treats parameters one by one. Each process has a file of its own.
+Limits: an optimizer that treats parameters one by one. Room on the disk is taken before the first
+step, but for an optimizer that decides by the values of its tensors (Adafactor). Each process has a
+file of its own.
 Source: arXiv 2101.06840, section 4; arXiv 2104.07857, section 5.
 """
 
@@ -21,7 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
@@ -31,6 +37,8 @@ from .base import MakeOptimizer, Method, Promises
 
 SMALLEST = mmap.PAGESIZE
 """States of fewer bytes stay in memory: in the file each would take a page."""
+MORE = 1 << 24
+"""Least bytes of a further file, for states whose room could not be told beforehand."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +117,7 @@ class PutAway(Around):
             return torch.empty_like(value, device="cpu", pin_memory=pin)
         size = room(value.shape, value.dtype)
         if size > self._files[-1].left:  # a state that did not exist when the room was taken
-            self._files.append(MappedFile(size, self._directory))
+            self._files.append(MappedFile(max(size, MORE), self._directory))
         flat = self._files[-1].tensor((value.numel(),), value.dtype)
         dense = value.untyped_storage().nbytes() == value.nbytes
         # A kernel may count on states that lie in memory as the parameter does.
@@ -127,7 +135,10 @@ def states_room(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> int:
         for group in made.param_groups:
             for fake in group["params"]:
                 fake.grad = torch.zeros_like(fake)
-                step_one(made, group, fake)
+                try:
+                    step_one(made, group, fake)
+                except DataDependentOutputException:
+                    return 0  # it decides by values, as Adafactor does: room is taken as it goes
                 for value in made.state.pop(fake, {}).values():
                     if isinstance(value, Tensor) and value.nbytes >= SMALLEST:
                         found += room(value.shape, value.dtype)

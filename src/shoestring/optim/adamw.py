@@ -11,7 +11,6 @@ run that is resumed draws what it would have drawn: seed and step are part of th
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ TEMPORARY_BYTES = 2_400_000
 _TORCH_ONLY = frozenset(
     "amsgrad maximize capturable differentiable foreach fused decoupled_weight_decay".split()
 )
+_OURS = ("decoupled", "bits", "rounding", "stochastic_weights")
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether they have a sign
 
 
@@ -115,6 +115,8 @@ class ChunkedAdamW(Optimizer):
                     expected="float32, bfloat16 or float16: updates are computed in float32",
                 )
             self._places[id(parameter)] = len(self._places)
+            for key in MOMENTS:  # tables are made here, not in the middle of a step
+                self._coder(self.param_groups[-1], parameter, key)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -127,19 +129,25 @@ class ChunkedAdamW(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From a state_dict of the same kind. ConfigError where moments are kept in other bits."""
-        # torch would cast every tensor of the state to the parameter's dtype.
-        super().load_state_dict({**state_dict, "state": {}})
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for group in self.param_groups:
-            for key, parameter in zip(saved, group["params"], strict=False):
+        """From a state_dict of the same kind; in 32 bits, from one of torch's Adam and AdamW too.
+
+        ConfigError, before anything is changed, where moments are kept in other bits. How they
+        are kept is not loaded; the seed is.
+        """
+        states: dict[Any, Any] = {}
+        groups = []
+        for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            kept = {name: mine[name] for name in _OURS}
+            loaded = {k: v for k, v in saved.items() if k not in _TORCH_ONLY}
+            groups.append({"seed": mine["seed"], **loaded, **kept})
+            for key, parameter in zip(saved["params"], mine["params"], strict=False):
                 if key in state_dict["state"]:
-                    state = {
-                        name: value.to(parameter.device) if isinstance(value, Tensor) else value
-                        for name, value in state_dict["state"][key].items()
-                    }
-                    self._checked(group, parameter, state)
-                    self.state[parameter] = state
+                    state = _on(parameter.device, state_dict["state"][key])
+                    states[parameter] = self._checked(mine, parameter, state)
+        groups += state_dict["param_groups"][len(groups) :]
+        # torch would cast every tensor of the state to the parameter's dtype.
+        super().load_state_dict({**state_dict, "param_groups": groups, "state": {}})
+        self.state.update(states)
 
     # ---- one parameter ---------------------------------------------------------------------
 
@@ -159,10 +167,7 @@ class ChunkedAdamW(Optimizer):
         ]
         draw = _Draw(self._generator(group, parameter, state["step"]))
         for piece in _pieces(parameter):
-            mean, square = (moment.read(piece) for moment in moments)
-            _update_piece(weight[piece], gradient[piece], mean, square, group, state["step"], draw)
-            for moment, values in zip(moments, (mean, square), strict=True):
-                moment.write(piece, values, draw)
+            _step_piece(weight[piece], gradient[piece], moments, piece, group, state["step"], draw)
 
     def _begin(self, group: dict[str, Any], parameter: nn.Parameter, state: dict[str, Any]) -> None:
         state["step"] = 0
@@ -272,6 +277,17 @@ class _Moment:
         self.kept[codes], self.scale[blocks] = self.coder.encode(values, noise)
 
 
+def _step_piece(
+    weight: Tensor, gradient: Tensor, moments: list[_Moment], piece: slice,
+    group: dict[str, Any], step: int, draw: _Draw,
+) -> None:  # fmt: skip
+    # A function of its own, so that nothing of one piece is there during the next.
+    mean, square = (moment.read(piece) for moment in moments)
+    _update_piece(weight, gradient, mean, square, group, step, draw)
+    for moment, values in zip(moments, (mean, square), strict=True):
+        moment.write(piece, values, draw)
+
+
 def _update_piece(
     weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, group: dict[str, Any],
     step: int, draw: _Draw,
@@ -292,6 +308,10 @@ def _update_piece(
         weight.copy_(to_bfloat16(value, draw.sixteen_bits(value)))
     elif value.dtype != weight.dtype:
         weight.copy_(value)
+
+
+def _on(device: torch.device, state: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
 def _pieces(parameter: nn.Parameter) -> Iterator[slice]:

@@ -89,7 +89,7 @@ class Step:
         return simulate(
             self.model, self.batch, apply=apply, optimizer=make, loss=self.loss,
             autocast=self.autocast, accumulate=self.accumulate, grad_clip=self.grad_clip,
-            steps=1, later=True, steps_in_backward=frees_gradients(ways),
+            steps=1, later=True,
         )  # fmt: skip
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -63,7 +63,6 @@ def simulate(
     grad_clip: float | None = None,
     mask: Literal["worst", "given"] = "worst",
     later: bool = False,
-    steps_in_backward: bool = False,
 ) -> Profile:
     """Run whole training steps on a fake twin and tell what they would hold.
 
@@ -78,8 +77,6 @@ def simulate(
     needs more; "worst" counts as if it had padding, "given" believes the batch.
     later: count the steps that come after these as well, without running them: they find the
     optimizer's states from their beginning. With steps=1 one pass tells what two would.
-    steps_in_backward: the optimizer steps inside backward, so its states come to be on the way;
-    then the first step and a later one are both run.
 
     ConfigError for what is no model, and for a model whose shapes depend on values.
     """
@@ -92,8 +89,12 @@ def simulate(
         twin.train()
         parameters = [each for each in twin.parameters() if each.requires_grad]
         chosen = (optimizer or fused_adamw)(parameters)
+        tracker = Tracker(history=later)
+        tracker.seed(twin, chosen)
+        tracker.assign("other", _tensors(fake))
+        first_only = (0, 0)
 
-        def passes() -> None:
+        def turn() -> None:
             for _ in range(accumulate):
                 with _autocast(twin, autocast):
                     value = loss_of(twin, fake, loss)
@@ -102,26 +103,19 @@ def simulate(
             if grad_clip is not None:
                 nn.utils.clip_grad_norm_(parameters, grad_clip)
 
-        def counted(number: int, *, history: bool) -> tuple[Tracker, tuple[int, int] | None]:
-            tracker, first_only = Tracker(history=history), None
-            tracker.seed(twin, chosen)
-            tracker.assign("other", _tensors(fake))
-            with tracker:
-                for left in reversed(range(number)):
-                    passes()
-                    if history and not steps_in_backward and not left:
-                        first_only = _step_and_later(tracker, chosen)
+        with tracker, explained(type(twin).__name__):
+            for number in range(steps):
+                states = len(chosen.state)
+                turn()
+                if later and number == steps - 1:
+                    if len(chosen.state) > states and states == 0:
+                        first_only = _step_again(tracker, chosen, turn)
                     else:
-                        chosen.step()
-                    chosen.zero_grad(set_to_none=True)
-            return tracker, first_only
-
-        with explained(type(twin).__name__):
-            if not steps_in_backward:
-                return _profile(*counted(steps, history=later))
-            first = _profile(*counted(1, history=False))
-            rest = _profile(*counted(max(1, steps - 1), history=later))
-    return rest if rest.peak_bytes >= first.peak_bytes else replace(first, history=rest.history)
+                        first_only = _step_and_later(tracker, chosen)
+                else:
+                    chosen.step()
+                chosen.zero_grad(set_to_none=True)
+    return _profile(tracker, first_only)
 
 
 def _step_and_later(tracker: Tracker, optimizer: Optimizer) -> tuple[int, int]:
@@ -132,18 +126,35 @@ def _step_and_later(tracker: Tracker, optimizer: Optimizer) -> tuple[int, int]:
     assert ledger.history is not None
     tracker.mark("optimizer step")
     found = replace(ledger, peak_by_category=dict(ledger.peak_by_category))
-    states = ledger.by_category["optimizer"]
+    states, existing = ledger.by_category["optimizer"], ledger.existing
     began = ledger.history.now
     optimizer.step()
     made_states = ledger.history.now
     optimizer.step()  # its own peak, with the states there from the start
     states = ledger.by_category["optimizer"] - states
-    if found.peak + states > ledger.peak:
-        ledger.peak = found.peak + states
+    tables = ledger.existing - existing  # of the optimizer's own, noticed only in its step
+    if found.peak + states + tables > ledger.peak:
+        ledger.peak = found.peak + states + tables
         ledger.peak_by_category = found.peak_by_category
         ledger.peak_by_category["optimizer"] += states
+        ledger.peak_by_category["other"] += tables
         ledger.peak_phase, ledger.peak_operator = found.peak_phase, found.peak_operator
     return began, made_states
+
+
+def _step_again(
+    tracker: Tracker, optimizer: Optimizer, turn: Callable[[], None]
+) -> tuple[int, int]:
+    """A whole step more, for an optimizer whose states came to be within the backward. Returns
+    the stretch of the history that is before it."""
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    history = tracker.ledger.history
+    assert history is not None
+    before = history.now
+    turn()
+    optimizer.step()
+    return -1, before
 
 
 def fake_model(model_or_config: Any, mode: FakeTensorMode) -> nn.Module:
@@ -239,7 +250,7 @@ def _tensors(batch: Mapping[str, Any]) -> list[Tensor]:
     return found
 
 
-def _profile(tracker: Tracker, first_only: tuple[int, int] | None) -> Profile:
+def _profile(tracker: Tracker, first_only: tuple[int, int]) -> Profile:
     ledger = tracker.ledger
     history = None
     if ledger.history is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
+from ..optim import put_state
 from .distributed import World
 
 MODEL, OPTIMIZER, RANDOM = "model.safetensors", "optimizer.safetensors", "random.safetensors"
@@ -190,7 +191,7 @@ def _restore_optimizer(
         # As in torch's Optimizer.load_state_dict: only fused and capturable ones count steps there.
         counts_here = key != "step" or group.get("fused") or group.get("capturable")
         device = parameter.device if counts_here else torch.device("cpu")
-        optimizer.state[parameter][key] = value.to(device, copy=True)
+        put_state(optimizer, parameter, key, value.to(device, copy=True))
     for group in groups:
         for parameter_name, numbers in group["numbers"].items():
             optimizer.state[parameters[parameter_name]].update(numbers)
