@@ -3,7 +3,8 @@
 Nothing here names a method. What a method needs follows from what it declares: one that rebuilds
 "streams" is given a network made reversible, and is held against the same network with all
 graphs kept (its `keep_top`); every other method is given the plain network and held against it.
-One of the optimizer is given a wider network, and makes the optimizer wherever one is needed.
+One of the optimizer is given a wider network, and makes the optimizer wherever one is needed; one
+of the batch has every backward done in its parts.
 """
 
 import copy
@@ -21,6 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from shoestring.methods import METHODS, Method, apply_spans
 from shoestring.methods.reversible import reversible
 from shoestring.models.gpt import GPT, GPTConfig
+from shoestring.objectives.next_token import num_targets
+from shoestring.rows import cut
 from shoestring.stack import Span, Stack
 
 VOCABULARY = 83
@@ -96,6 +99,7 @@ class Subject:
 
 
 MAKERS: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
+PARTS: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
 
 
 def _made(
@@ -109,6 +113,9 @@ def put(method: Method, model: nn.Module, settings: Mapping[str, Any]) -> Callab
     makes the model's from then on."""
     if method.promises.applies_to == "optimizer":
         MAKERS[model] = functools.partial(_made, method, dict(settings))
+    if method.promises.applies_to == "batch":
+        PARTS[model] = method.configure(settings).parts
+        return lambda: PARTS.pop(model, None)
     if method.promises.applies_to != "span":
         return method.apply(model, method.configure(settings))
     stack = Stack.of(model)
@@ -150,6 +157,10 @@ def is_bitwise(subject: Subject) -> bool:
     return bool(subject.promises.grade == "bitwise")
 
 
+def is_of_the_batch(subject: Subject) -> bool:
+    return bool(subject.promises.applies_to == "batch")
+
+
 def is_of_the_optimizer(subject: Subject) -> bool:
     return bool(subject.promises.applies_to == "optimizer")
 
@@ -180,15 +191,28 @@ def optimizer(
     return adamw(parameters) if make is None else make(model, parameters)
 
 
+def backward(model: nn.Module, data: Mapping[str, Tensor]) -> Tensor:
+    """Forward and backward, in the parts that a method has put there; the loss."""
+    pieces = cut(data, PARTS.get(model, 1))
+    counts = [num_targets(piece) for piece in pieces]
+    total: Tensor | None = None
+    for piece, count in zip(pieces, counts, strict=True):
+        loss = model(**piece).loss
+        loss = loss * (count / sum(counts)) if len(pieces) > 1 else loss
+        loss.backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    return total
+
+
 def gradients(model: nn.Module, data: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, gradient of every parameter) from a fixed random state."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(3)
-    loss = model(**data).loss
-    loss.backward()
+    loss = backward(model, data)
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return loss.detach().clone(), found
+    return loss, found
 
 
 def train(
@@ -202,9 +226,8 @@ def train(
     losses = []
     for step in range(start, steps):
         torch.manual_seed(100 + step)
-        loss = model(**data(step)).loss
-        loss.backward()
+        loss = backward(model, data(step))
         stepping.step()
         stepping.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
+        losses.append(float(loss))
     return losses, stepping

@@ -147,7 +147,10 @@ class StreamWeights(Method):
 
     name = "stream_weights"
     promises = Promises(
-        fidelity="exact", grade="bitwise", applies_to="weights", saved_grows_with=frozenset()
+        fidelity="exact",
+        grade="bitwise",
+        applies_to="weights",
+        saved_grows_with=frozenset({"depth"}),  # copies of the weights of blocks that are kept
     )
     Config = StreamWeightsConfig
 
