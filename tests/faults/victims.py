@@ -14,6 +14,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,7 @@ def _suffer(action: str, toml: str, log: str, fate: tuple[Any, ...]) -> None:
     from shoestring.training.loop import resume, train
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command does
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -101,6 +103,7 @@ def _suffer(action: str, toml: str, log: str, fate: tuple[Any, ...]) -> None:
 
     code = 0
     try:
+        tell({"event": "started"})
         run = (
             train(config, progress=tell)
             if action == "train"
@@ -110,6 +113,9 @@ def _suffer(action: str, toml: str, log: str, fate: tuple[Any, ...]) -> None:
     except ShoestringError as error:
         tell({"event": "error", "kind": type(error).__name__, "message": str(error)})
         code = error.exit_code
+    except KeyboardInterrupt as error:
+        tell({"event": "interrupted", "message": str(error)})
+        code = 130
     except BaseException as error:
         import traceback
 
@@ -274,6 +280,18 @@ def clock_jumps(config: RunConfig) -> Callable[..., None]:
         nonlocal offset
         if event["event"] == "step":
             offset = -86_400.0 if event["step"] % 2 else 31_536_000.0
+
+    return on_event
+
+
+def signalled(config: RunConfig, moment: str, number: int) -> Callable[..., None]:
+    """A signal to itself at an event, or a moment after it has begun to read."""
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == moment:
+            os.kill(os.getpid(), number)
+        elif event["event"] == "started" and moment == "reading":
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
 
     return on_event
 

@@ -153,12 +153,22 @@ def _copied(snapshot: Snapshot) -> Snapshot | None:
 def refuse_lost(directory: Path) -> None:
     """CheckpointError for a run that ended once and has no checkpoint any more."""
     place = directory / "checkpoints"
-    if (place.is_symlink() and not place.exists()) or (directory / "receipt.json").exists():
+    if (place.is_symlink() and not place.exists()) or _made_updates(directory / "receipt.json"):
         raise CheckpointError(
             f"the checkpoints of {directory} are gone",
             expected="checkpoints/ of the run, where it left them",
             hint="Put them back; shoestring train with --run.replace starts anew.",
         )
+
+
+def _made_updates(receipt: Path) -> bool:
+    """Whether a run that ended had made any; one that cannot be read is taken for such."""
+    try:
+        return bool(json.loads(receipt.read_text(encoding="utf-8"))["steps"])
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return True
 
 
 def remove_run(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -87,6 +88,7 @@ class Job:
         self.record = Record(config, writes=world.is_first, progress=progress)
         self.checkpoints = Checkpoints(self.record.directory, config.checkpoint, self.record.tell)
         self.updates = 0
+        self.has_begun = False
         self.split = 1
         self.has_evaluated = False
         self._resume = resume
@@ -153,6 +155,7 @@ class Job:
 
     def _begin_writing(self) -> None:
         """The run is accepted: what stands in its way goes, and its files begin."""
+        self.has_begun = True
         if self.world.is_first:
             store = self.checkpoints.store
             if self.config.run.replace:
@@ -482,6 +485,16 @@ class Job:
         if self.updates:
             self.save_checkpoint(is_last=True)
             self._save("over budget" if isinstance(error, OutOfBudget) else "diverged", str(error))
+
+    def interrupted(self) -> KeyboardInterrupt:
+        """What a signal that was not waited for left behind, and how to go on from there."""
+        again = f"shoestring resume {shlex.quote(str(self.record.directory))} goes on"
+        lost = self.updates - self.checkpoints.saved_step
+        if lost > 0:
+            return KeyboardInterrupt(f"interrupted; {lost} updates are to be made again: {again}")
+        if not self.has_begun and not self._resume:
+            again = "the same command starts it again"
+        return KeyboardInterrupt(f"interrupted before training began; nothing was lost: {again}")
 
     def _save(self, status: str, error: str | None = None) -> dict[str, Any]:
         if self.plan is not None:

@@ -48,6 +48,8 @@ def train(config: RunConfig, *, progress: Progress | None = None) -> Run:
     the update), StreamOverflow and ReplayMismatch (a reversible stack): these leave the model as
     it was after the last update, once there was one, and a checkpoint to go on from. ConfigError
     (also for a directory that holds a run already), DataError, StackError, CheckpointError.
+    KeyboardInterrupt, which says how to go on, for SIGINT or SIGTERM before the first update and
+    for a second one.
     """
     return _train(config, progress, resume=False)
 
@@ -81,40 +83,47 @@ def resume(
 def _train(config: RunConfig, progress: Progress | None, *, resume: bool) -> Run:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    with (
-        joined(config.run.device) as world,
-        Job(config, world, progress, resume=resume) as job,
-        Interruption() as interruption,
-    ):
-        if not job.was_resumed:
-            job.exercise()
-        job.begin()
-        every = config.evaluate.every
-        all_know = world.size == 1
+    with Interruption() as interruption, joined(config.run.device) as world:
+        job = Job(config, world, progress, resume=resume)
         try:
-            if job.was_resumed and every and job.updates % every == 0 and not job.has_evaluated:
-                job.evaluate()  # it came after the checkpoint
-            votes = _vote(job, interruption)
-            while job.updates < config.run.steps and not votes.to_end:
-                failure = _step(job, job.updates + 1)
-                votes = _vote(job, interruption, failure)
-                if votes.failed:
-                    all_know = True
-                    raise failure or _elsewhere(job)
-                # Saved first: an evaluation that fails then costs nothing.
-                if votes.to_save:
-                    job.save_checkpoint()
-                if every and job.updates % every == 0:
-                    job.evaluate()
-        except HalfUpdateError:
-            raise  # what it left is no state to save
-        except STOPPING as error:
-            if (
-                all_know
-            ):  # else the others wait in the middle of something, and hear of it by this end
-                job.stop(error)
-            raise
-        return job.finish("interrupted" if votes.interrupted else "finished")
+            with job:
+                return _run(job, interruption)
+        except KeyboardInterrupt as error:
+            raise job.interrupted() from error
+
+
+def _run(job: Job, interruption: Interruption) -> Run:
+    config = job.config
+    if not job.was_resumed:
+        job.exercise()
+    interruption.waits = True
+    job.begin()
+    every = config.evaluate.every
+    all_know = job.world.size == 1
+    try:
+        if job.was_resumed and every and job.updates % every == 0 and not job.has_evaluated:
+            job.evaluate()  # it came after the checkpoint
+        votes = _vote(job, interruption)
+        while job.updates < config.run.steps and not votes.to_end:
+            failure = _step(job, job.updates + 1)
+            votes = _vote(job, interruption, failure)
+            if votes.failed:
+                all_know = True
+                raise failure or _elsewhere(job)
+            # Saved first: an evaluation that fails then costs nothing.
+            if votes.to_save:
+                job.save_checkpoint()
+            if every and job.updates % every == 0:
+                job.evaluate()
+    except HalfUpdateError:
+        raise  # what it left is no state to save
+    except STOPPING as error:
+        if all_know:  # else the others wait in the middle of something, and hear of it by this end
+            job.stop(error)
+        raise
+    if votes.interrupted and not job.updates:
+        raise KeyboardInterrupt  # there is nothing to save
+    return job.finish("interrupted" if votes.interrupted else "finished")
 
 
 def _step(job: Job, step: int) -> ShoestringError | None:
