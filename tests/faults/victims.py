@@ -140,21 +140,61 @@ def little_memory(
     # Large blocks as mappings of their own: what the heap keeps for later would be more memory.
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 17)
 
-    def limit(more: int) -> None:
-        status = Path("/proc/self/status").read_text()
-        data = int(status.partition("VmData:")[2].split()[0]) * 1024
-        resource.setrlimit(resource.RLIMIT_DATA, (data + more, resource.RLIM_INFINITY))
-
     def on_event(event: dict[str, Any]) -> None:
         nonlocal is_set
         kind = "step" if after else "evaluation"
         if not is_set and event["event"] == kind and event["step"] == after:
             is_set = True
-            limit(more_bytes)
+            _limit_memory(more_bytes)
         if even_less is not None and event["event"] == "out of memory":
-            limit(even_less)
+            _limit_memory(even_less)
 
     return on_event
+
+
+def starved_optimizer(
+    config: RunConfig, step: int, keeps_average: bool, times: int = 1
+) -> Callable[..., None]:
+    """In the optimizer's step of an update not a byte more than there is, and plenty again once
+    the run has given up what it held; so many times.
+
+    keeps_average: a hook of that step copies every weight, once they are new; else the states of
+    the first update are what does not fit.
+    """
+    from torch.optim.optimizer import (
+        register_optimizer_step_post_hook,
+        register_optimizer_step_pre_hook,
+    )
+
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 17)
+    calls = 0
+    average: list[Any] = []
+
+    def before(optimizer: Any, *arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if step <= calls < step + times:
+            _limit_memory(0)
+
+    def after(optimizer: Any, *arguments: Any) -> None:
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        average[:] = [weight.detach().clone() for weight in weights]
+
+    register_optimizer_step_pre_hook(before)
+    if keeps_average:
+        register_optimizer_step_post_hook(after)
+
+    def on_event(event: dict[str, Any]) -> None:
+        if calls >= step and event["event"] == "model":
+            _limit_memory(1 << 28)
+
+    return on_event
+
+
+def _limit_memory(more: int) -> None:
+    status = Path("/proc/self/status").read_text()
+    data = int(status.partition("VmData:")[2].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (data + more, resource.RLIM_INFINITY))
 
 
 def full_disk(config: RunConfig, size: int, seed: int) -> Callable[..., None]:

@@ -154,11 +154,16 @@ def refuse_lost(directory: Path) -> None:
     """CheckpointError for a run that ended once and has no checkpoint any more."""
     place = directory / "checkpoints"
     if (place.is_symlink() and not place.exists()) or _made_updates(directory / "receipt.json"):
-        raise CheckpointError(
-            f"the checkpoints of {directory} are gone",
-            expected="checkpoints/ of the run, where it left them",
-            hint="Put them back; shoestring train with --run.replace starts anew.",
-        )
+        raise lost(directory)
+
+
+def lost(directory: Path) -> CheckpointError:
+    """What to say when a run cannot go on because somebody took its checkpoints away."""
+    return CheckpointError(
+        f"the checkpoints of {directory} are gone",
+        expected="checkpoints/ of the run, where it left them",
+        hint="Put them back; shoestring train with --run.replace starts anew.",
+    )
 
 
 def _made_updates(receipt: Path) -> bool:

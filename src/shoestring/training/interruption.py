@@ -1,5 +1,4 @@
-"""Ctrl-C and SIGTERM: before training they stop at once, during it after the step; a second one stops
-at once."""
+"""Ctrl-C and SIGTERM: before training at once, during it after the step; a second one at once."""
 
 import signal
 import threading

@@ -29,7 +29,9 @@ from .interruption import Interruption
 from .job import Job, Mark, Run
 from .optimizer import set_learning_rate
 from .out_of_memory import HalfUpdateError, is_out_of_memory
+from .quality import measure_quality
 from .record import Progress
+from .resuming import begin_again, save_checkpoint
 from .schedule import learning_rate
 from .step import update
 
@@ -87,7 +89,12 @@ def _train(config: RunConfig, progress: Progress | None, *, resume: bool) -> Run
         job = Job(config, world, progress, resume=resume)
         try:
             with job:
-                return _run(job, interruption)
+                while True:
+                    try:
+                        return _run(job, interruption)
+                    except HalfUpdateError as error:
+                        failure = error.with_traceback(None)  # its frames hold the old weights
+                    begin_again(job, failure)
         except KeyboardInterrupt as error:
             raise job.interrupted() from error
 
@@ -102,7 +109,7 @@ def _run(job: Job, interruption: Interruption) -> Run:
     all_know = job.world.size == 1
     try:
         if job.was_resumed and every and job.updates % every == 0 and not job.has_evaluated:
-            job.evaluate()  # it came after the checkpoint
+            measure_quality(job)  # it came after the checkpoint
         votes = _vote(job, interruption)
         while job.updates < config.run.steps and not votes.to_end:
             failure = _step(job, job.updates + 1)
@@ -112,11 +119,9 @@ def _run(job: Job, interruption: Interruption) -> Run:
                 raise failure or _elsewhere(job)
             # Saved first: an evaluation that fails then costs nothing.
             if votes.to_save:
-                job.save_checkpoint()
+                save_checkpoint(job)
             if every and job.updates % every == 0:
-                job.evaluate()
-    except HalfUpdateError:
-        raise  # what it left is no state to save
+                measure_quality(job)
     except STOPPING as error:
         if all_know:  # else the others wait in the middle of something, and hear of it by this end
             job.stop(error)
@@ -164,8 +169,6 @@ def _update(job: Job, step: int, mark: Mark) -> ShoestringError | None:
                 )
         except TrainingDiverged as error:
             return job.skip(step, error)
-        except HalfUpdateError:
-            raise
         except OutOfBudget as error:
             assert updated is not None  # it is held against the budget once it was made
             job.log(step, lr, updated, measured)

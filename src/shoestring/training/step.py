@@ -68,18 +68,15 @@ def update(
     _all_finite(step, means, norm, world)
     guard.check(step, means, norm)
     clip_(parameters, norm, clip)
+    half_made = None
     try:
         optimizer.step()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise HalfUpdateError(
-            f"step {step}: memory ran out in the optimizer's step ({str(error).splitlines()[0]})",
-            expected="as much free memory as the budget allows",
-            hint="The weights are half updated and were not saved; resume goes on from the last "
-            "checkpoint.",
-            instant="optimizer step",
-        ) from error
+        half_made = HalfUpdateError(str(error).splitlines()[0])
+    if half_made is not None:
+        raise half_made  # out here, so that it does not hold what the other one's frames hold
     optimizer.zero_grad(set_to_none=True)
     nats = sum(mean * count for mean, count in zip(means, counts, strict=True))
     return Updated(world.sum([nats])[0] / total, norm, total)
