@@ -13,7 +13,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,18 @@ from ..errors import CheckpointError, ConfigError
 from ..planner import Plan
 from .config import CheckpointConfig, RunConfig
 from .out_of_memory import is_out_of_memory
+from .receipt import library_version
 from .snapshot import STATE, Snapshot
 
-FORMAT = 1
+FORMAT = 2
+"""Of state.json. 1 had neither the fields of the model's config nor the machine."""
+_WEIGHTS = "model.name (its weights)"
+_INCIDENTAL = {
+    "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache",
+    "return_dict", "output_hidden_states", "output_attentions", "id2label", "label2id",
+    "problem_type",
+}  # fmt: skip
+"""Fields of a transformers config that change nothing of what is computed in training."""
 _CONFIG, _PLAN = "config.toml", "plan.json"
 Tell = Callable[..., None]
 
@@ -262,8 +271,18 @@ def config_of(directory: Path) -> RunConfig:
     return RunConfig.load(saved.path / _CONFIG)
 
 
-def identity(config: RunConfig, *, corpus: str, tokenizer: str) -> dict[str, Any]:
-    """By dotted name, what may not change between a checkpoint and the run that goes on from it."""
+def identity(
+    config: RunConfig,
+    *,
+    corpus: str,
+    tokenizer: str,
+    shape: Mapping[str, Any],
+    weights: str,
+) -> dict[str, Any]:
+    """By dotted name, what may not change between a checkpoint and the run that goes on from it.
+
+    shape: fields of the model's config.  corpus, tokenizer, weights: digests.
+    """
     model = dataclasses.asdict(config.model)
     if model["name"]:
         model["name"] = Path(model["name"]).name  # a moved directory is the same model
@@ -278,14 +297,31 @@ def identity(config: RunConfig, *, corpus: str, tokenizer: str) -> dict[str, Any
         "run.allow": config.run.allow,
         "plan.only": config.plan.only,
         "plan.never": config.plan.never,
+        **_flat("model.config", {k: v for k, v in shape.items() if k not in _INCIDENTAL}),
+        _WEIGHTS: weights,
     }
 
 
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: value}
+    parts = (_flat(f"{name}.{key}", inner) for key, inner in value.items())
+    return {key: inner for part in parts for key, inner in part.items()}
+
+
 def check_same(mine: dict[str, Any], facts: dict[str, Any], saved: Checkpoint) -> None:
-    """ConfigError naming the first setting that is not what it was."""
+    """ConfigError naming the first setting that is not what it was.
+
+    What only one of the two has says nothing where they come from different versions.
+    """
     # Through JSON, as the saved one went: tuples become lists.
     mine, theirs = json.loads(json.dumps(mine)), facts["identity"]
-    for name in sorted({*mine, *theirs}):
+    names = {**mine, **theirs}
+    if facts.get("machine", {}).get("transformers") != library_version("transformers"):
+        names = {name: None for name in names if name in mine and name in theirs}
+    if mine[_WEIGHTS] == "none":  # gone, or never read: the checkpoint brings its own
+        names.pop(_WEIGHTS, None)
+    for name in names:
         if mine.get(name) != theirs.get(name):
             raise ConfigError(
                 f"{name} is {mine.get(name)!r} now, and was {theirs.get(name)!r} when "

@@ -179,10 +179,20 @@ class Job:
             rows=len(self.batches.rows),
             rows_cut=self.batches.rows.num_cut if self.data.corpus.is_chat else 0,
         )
+        self._builder = Builder(
+            self.config.model,
+            length=self.config.data.sequence_length,
+            tokenizer=self.data.tokenizer,
+            device=self.world.device,
+        )
+        # Weights are large: one process reads them.
+        weights = self._builder.weights_digest() if self.world.is_first else ""
         self.identity = identity(
             self.config,
             corpus=self.data.corpus.digest,
             tokenizer=tokenizer_digest(self.data.tokenizer),
+            shape=self._builder.shape(),
+            weights=self.world.share(weights),
         )
         if self.saved is not None:
             check_same(self.identity, self.facts, self.saved)
@@ -190,12 +200,6 @@ class Job:
     def _plan(self) -> None:
         config, device = self.config, self.world.device
         self.loss = loss_function(config, device)
-        self._builder = Builder(
-            config.model,
-            length=config.data.sequence_length,
-            tokenizer=self.data.tokenizer,
-            device=device,
-        )
         self._make_optimizer = optimizer_factory(config.optim, device)
         rows = [i % len(self.batches.rows) for i in range(config.data.batch_size)]
         batch = on_device(self.batches.rows.batch(rows), device)

@@ -4,6 +4,7 @@ The way out is one and the same for `resume` and, within a process, for a run wh
 in the middle of the optimizer's step: weights that are partly new are of no use to anybody.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
@@ -12,6 +13,7 @@ from .checkpoints import FORMAT, lost, saved_facts, texts_of
 from .evaluate import HeldOut
 from .guard import bad_weight
 from .out_of_memory import HalfUpdateError, gave_up, held_by_category, is_out_of_memory, release
+from .receipt import machine
 from .snapshot import Snapshot, restore
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ def save_checkpoint(job: "Job", *, is_last: bool = False) -> None:
         guard=job.budget.state(),
         has_evaluated=(job.evaluated or (-1,))[0] == job.updates,
         identity=job.identity,
+        machine=machine(job.world),
     )
     if job.world.is_first:
         texts = texts_of(job.config, job.plan)
@@ -80,6 +83,16 @@ def restore_job(job: "Job", saved: Checkpoint, facts: dict[str, Any]) -> None:
         if isinstance(step, int) and isinstance(seconds, float) and not job.budget.tracks(step)
     ]
     job.record.line("resumed", step=job.updates, processes=job.world.size)
+    _tell_of_another_machine(job, facts.get("machine", {}))
+
+
+def _tell_of_another_machine(job: "Job", then: Mapping[str, Any]) -> None:
+    """Sums are made in another order there: going on is right, to say nothing is not."""
+    now = machine(job.world)
+    changed = {n: [then[n], now[n]] for n in now if n in then and then[n] != now[n]}
+    if changed:
+        told = (f"{name} {was} then, {is_now} now" for name, (was, is_now) in changed.items())
+        job.record.line("other machine", step=job.updates, message="; ".join(told), changed=changed)
 
 
 def begin_again(job: "Job", error: HalfUpdateError) -> None:
