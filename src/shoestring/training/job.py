@@ -48,7 +48,7 @@ from .quality import measure_quality
 from .receipt import describe_model, receipt_of
 from .record import Progress, Record
 from .resuming import restore_job, save_checkpoint
-from .save import model_card, save_model
+from .save import receipt_text, save_model
 from .step import Updated, on_device
 
 SKIPS = 10
@@ -277,7 +277,8 @@ class Job:
         if self.world.is_first:
             trial = self.record.directory / ".exercise"
             try:
-                save_model(self.model, self.data.tokenizer, trial, card="")
+                receipt = receipt_of(self, "not begun", None)
+                save_model(self.model, self.data.tokenizer, trial, receipt)
                 verify(trial)
             finally:
                 shutil.rmtree(trial, ignore_errors=True)
@@ -409,8 +410,8 @@ class Job:
         receipt = receipt_of(self, status, error)
         if self.world.is_first:
             directory = self.record.directory / "model"
-            save_model(self.model, self.data.tokenizer, directory, card=model_card(receipt))
-            self.record.file("receipt.json", receipt)
+            save_model(self.model, self.data.tokenizer, directory, receipt)
+            self.record.text("receipt.json", receipt_text(receipt))
             self._write_report()
             self.record.tell("saved", directory=str(directory))
         self.world.barrier()

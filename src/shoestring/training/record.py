@@ -115,10 +115,6 @@ class Record:
         if self._writes:
             write_text(self.directory / name, content)
 
-    def file(self, name: str, content: Any) -> None:
-        """One JSON file of the directory, replaced whole."""
-        self.text(name, json.dumps(content, indent=1) + "\n")
-
     def close(self) -> None:
         """Close metrics.jsonl and the trackers."""
         if self._trackers is not None:
