@@ -1,28 +1,28 @@
-"""Everything a run holds while it lasts: data, plan, model, optimizer, guards and its record."""
+"""Everything a run holds while it lasts: data, plan, model, optimizer, guards and its record.
+
+How it gets into a checkpoint and out of one is in `resuming`, how it ends in `ending`.
+"""
 
 import contextlib
 import gc
-import shlex
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import nn
 
 from ..allocator import is_tuned
 from ..checkpoint import Checkpoint, Lock, verify
 from ..data.tokenizer import tokenizer_digest
-from ..errors import OutOfBudget, ShoestringError, TrainingDiverged
+from ..errors import OutOfBudget, TrainingDiverged
 from ..objectives.next_token import Batch
 from ..planner import Plan
 from ..planner.budget import CPU_MARGIN_TUNED, resident_bytes
-from ..report import memory_json, write_report
+from ..report import memory_json
 from ..rss import status_bytes
 from ..units import format_bytes
 from .checkpoints import (
@@ -47,22 +47,12 @@ from .prepare import Builder, loss_function, prepare_data
 from .quality import measure_quality
 from .receipt import describe_model, receipt_of
 from .record import Progress, Record
-from .resuming import restore_job, save_checkpoint
-from .save import receipt_text, save_model
+from .resuming import restore_job
+from .save import save_model
 from .step import Updated, on_device
 
 SKIPS = 10
 """Updates in a row that may be left out when run.nonfinite is "skip"."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run that ended. receipt: also in receipt.json; receipt["status"] says how it ended."""
-
-    directory: Path
-    model: nn.Module
-    tokenizer: Any
-    receipt: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +86,7 @@ class Job:
         self.planned_anew = False
         self.saved: Checkpoint | None = None
         self.facts: dict[str, Any] = {}
-        self._resume = resume
+        self.resumes = resume
         self._lock = Lock(self.record.directory) if world.is_first else contextlib.nullcontext()
         self.started = time.monotonic()
         self._began_training = self.started
@@ -143,7 +133,7 @@ class Job:
 
     def _find(self) -> None:
         """What the directory holds. Nothing in it is touched before the run is accepted."""
-        if self._resume:
+        if self.resumes:
             self.saved = self.checkpoints.find()
             if self.saved is not None:
                 self.facts = saved_facts(self.saved)
@@ -375,51 +365,3 @@ class Job:
             peak_bytes=measured.peak_bytes,
             by_category=measured.by_category,
         )
-
-    # ---- the end ---------------------------------------------------------------------------
-
-    def finish(self, status: str) -> Run:
-        """A last checkpoint, a last evaluation (unless interrupted), the model, the receipt."""
-        save_checkpoint(self, is_last=True)
-        if status == "finished":
-            step, result = self.evaluated or (-1, None)
-            self.quality["after"] = result if step == self.updates else measure_quality(self)
-        receipt = self._save(status)
-        return Run(self.record.directory, self.model, self.data.tokenizer, receipt)
-
-    def stop(self, error: ShoestringError) -> None:
-        """Save what the updates before an error have made, with the error in the receipt."""
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.updates:
-            save_checkpoint(self, is_last=True)
-            self._save("over budget" if isinstance(error, OutOfBudget) else "diverged", str(error))
-
-    def interrupted(self) -> KeyboardInterrupt:
-        """What a signal that was not waited for left behind, and how to go on from there."""
-        again = f"shoestring resume {shlex.quote(str(self.record.directory))} goes on"
-        lost = self.updates - self.checkpoints.saved_step
-        if lost > 0:
-            return KeyboardInterrupt(f"interrupted; {lost} updates are to be made again: {again}")
-        if not self.has_begun and not self._resume:
-            again = "the same command starts it again"
-        return KeyboardInterrupt(f"interrupted before training began; nothing was lost: {again}")
-
-    def _save(self, status: str, error: str | None = None) -> dict[str, Any]:
-        if self.plan is not None:
-            self.plan.restore(self.model)
-        receipt = receipt_of(self, status, error)
-        if self.world.is_first:
-            directory = self.record.directory / "model"
-            save_model(self.model, self.data.tokenizer, directory, receipt)
-            self.record.text("receipt.json", receipt_text(receipt))
-            self._write_report()
-            self.record.tell("saved", directory=str(directory))
-        self.world.barrier()
-        return receipt
-
-    def _write_report(self) -> None:
-        """The page of the run; a run is not lost because its picture cannot be drawn."""
-        try:
-            write_report([self.record.directory])
-        except Exception as error:  # whatever it is, the run was made
-            self.record.tell("report failed", message=str(error))

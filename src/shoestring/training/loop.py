@@ -1,7 +1,7 @@
 """The training loop: plan, exercise, then update after update until done, stopped or unsound.
 
 What a run needs is made in `prepare` and `planning`, what one update does is in `step`, what
-stops it is in `guard`, what it leaves behind is written by `record` and `save`.
+stops it is in `guard`, what it leaves behind is written by `record` and `ending`.
 
 Evaluation and saving are tried once before the first update, so that what fails there costs
 nothing. A run that ends early, by Ctrl-C or by a guard, leaves a checkpoint and the model as it is
@@ -24,9 +24,10 @@ from ..errors import (
 from .checkpoints import config_of
 from .config import RunConfig
 from .distributed import world as joined
+from .ending import Run, finish, interrupted, stop
 from .guard import Measured
 from .interruption import Interruption
-from .job import Job, Mark, Run
+from .job import Job, Mark
 from .optimizer import set_learning_rate
 from .out_of_memory import HalfUpdateError, is_out_of_memory
 from .quality import measure_quality
@@ -96,7 +97,7 @@ def _train(config: RunConfig, progress: Progress | None, *, resume: bool) -> Run
                         failure = error.with_traceback(None)  # its frames hold the old weights
                     begin_again(job, failure)
         except KeyboardInterrupt as error:
-            raise job.interrupted() from error
+            raise interrupted(job) from error
 
 
 def _run(job: Job, interruption: Interruption) -> Run:
@@ -124,11 +125,11 @@ def _run(job: Job, interruption: Interruption) -> Run:
                 measure_quality(job)
     except STOPPING as error:
         if all_know:  # else the others wait in the middle of something, and hear of it by this end
-            job.stop(error)
+            stop(job, error)
         raise
     if votes.interrupted and not job.updates:
         raise KeyboardInterrupt  # there is nothing to save
-    return job.finish("interrupted" if votes.interrupted else "finished")
+    return finish(job, "interrupted" if votes.interrupted else "finished")
 
 
 def _step(job: Job, step: int) -> ShoestringError | None:
