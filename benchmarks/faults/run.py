@@ -64,7 +64,9 @@ def kills(folder: Path, *, count: int) -> dict[str, Any]:
     """Kill the same run again and again; every life starts from what the last one left."""
     chance = random.Random(SEED)
     settings = {"run": {"steps": 10**9}, "evaluate": {"every": 7}}
-    acknowledged, recovered, lost, moments = 0, 0, [], []
+    acknowledged, recovered, lost = 0, 0, []
+    updates: list[int] = []
+    checkpoints: list[int] = []
     action, config = "train", small(folder / "run", text_source(), **settings)
     first = Victim(action, config, folder / "log")
     first.wait_for("checkpoint", 1)
@@ -78,13 +80,15 @@ def kills(folder: Path, *, count: int) -> dict[str, Any]:
             if not good:
                 lost.append({"life": number, "acknowledged": acknowledged, "log": victim.text()})
                 break
-        # from the first instant after a resume to some updates later, with saves in between
+        # from the first instant after a resume to a dozen updates later, each with a save
+        victim.wait_for("step", chance.choice([0, 0, 1, 2, 4, 8, 12]))
         time.sleep(chance.random() * chance.choice([0.02, 0.1, 0.4]))
         victim.kill()
         victim.wait()
         told = [event["step"] for event in victim.events("checkpoint")]
         acknowledged = max([acknowledged, *told])
-        moments.append(len(victim.events("step")))
+        updates.append(len(victim.events("step")))
+        checkpoints.append(len(told))
     last = Victim("resume", config, folder / "log")
     last.wait_for("resumed", 1)
     resumed = [event["step"] for event in last.events("resumed")]
@@ -93,8 +97,15 @@ def kills(folder: Path, *, count: int) -> dict[str, Any]:
     last.wait()
     return {
         "kills": count, "recovered": recovered, "lost": lost, "last_step": acknowledged,
-        "updates_a_life": statistics.mean(moments),
+        "updates_a_life": _spread(updates), "checkpoints_a_life": _spread(checkpoints),
         "peers": {name: kill_peer(folder / name, name) for name in PEERS},
+    }  # fmt: skip
+
+
+def _spread(counts: list[int]) -> dict[str, float]:
+    return {
+        "mean": statistics.mean(counts), "most": max(counts), "none": counts.count(0),
+        "three_or_more": sum(count >= 3 for count in counts),
     }  # fmt: skip
 
 
@@ -316,6 +327,10 @@ def disks(folder: Path, *, count: int) -> dict[str, Any]:
 # ---- overhead ----------------------------------------------------------------------------------
 
 
+TOUCHED = 3
+"""Updates after a save whose time it may take."""
+
+
 def overhead(folder: Path, *, updates: int, width: int, every: int) -> dict[str, Any]:
     """Wall time of checkpoints in a run that trains 12 bytes a parameter of state."""
     found: dict[str, Any] = {"every": every, "updates": updates}
@@ -324,7 +339,7 @@ def overhead(folder: Path, *, updates: int, width: int, every: int) -> dict[str,
         config = small(
             folder / name, text_source(),
             run={"steps": updates, "budget": "2GiB", "threads": 0},
-            model={"rule": "residual", "hidden_size": width, "num_hidden_layers": 12,
+            model={"rule": "residual", "hidden_size": width, "num_hidden_layers": 14,
                    "num_attention_heads": 8, "dropout": 0.0},
             data={"sequence_length": 128, "batch_size": 4},
             evaluate={"every": 0, "batches": 1}, optim={"accumulate": 1},
@@ -341,13 +356,19 @@ def overhead(folder: Path, *, updates: int, width: int, every: int) -> dict[str,
 
         run = train(config, progress=tell)
         shutil.rmtree(folder / name / "checkpoints")
-        # gaps between the ends of neighbouring updates, with a save in between and without
+        # gaps between the ends of neighbouring updates; a save in the background is still being
+        # written in those after the next one
         gaps = {step: steps[step] - steps[step - 1] for step in range(4, updates + 1)}
-        after_save = [gaps[s + 1] for s in range(every, updates, every) if s + 1 in gaps]
+        touched = {s: range(s + 1, s + 1 + TOUCHED) for s in range(every, updates, every)}
+        near = {step for after in touched.values() for step in after}
         usual = statistics.median(
-            gap for step, gap in gaps.items() if (step - 1) % every and step % 100
+            gap for step, gap in gaps.items() if step not in near and step % 100
         )
-        extra = statistics.median(after_save) - usual
+        extra = statistics.median(
+            sum(gaps[step] - usual for step in after)
+            for after in touched.values()
+            if gaps.keys() >= set(after)
+        )
         memory = run.receipt["memory"]
         found[name] = {
             "state_bytes": saves[0]["bytes"], "save_seconds": [s["seconds"] for s in saves],
@@ -423,7 +444,7 @@ def main() -> None:
         "flips": lambda folder: flips(folder, count=20 if few else 1000, peer_count=300),
         "disks": lambda folder: disks(folder, count=2 if few else 50),
         "overhead": lambda folder: overhead(
-            folder, updates=12 if few else 105, width=64 if few else 512, every=5 if few else 50
+            folder, updates=12 if few else 155, width=64 if few else 512, every=5 if few else 50
         ),
     }
     results = Path(tempfile.mkdtemp()) if few else RESULTS
