@@ -389,8 +389,10 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     if "kills" in found:
         kill = found["kills"]
         peers = ", ".join(f"{n} {p['recovered']} of {p['kills']}" for n, p in kill["peers"].items())
+        life = kill["updates_a_life"]
         lines.append(
-            f"| killed at random moments, recovered by itself | {kill['recovered']} of "
+            f"| killed at random moments ({life['mean']:.1f} updates a life, "
+            f"{life['most']} at most), recovered by itself | {kill['recovered']} of "
             f"{kill['kills']} | {peers} (overwritten in place) |"
         )
     if "resume" in found:

@@ -3,13 +3,16 @@ mounts and not-a-numbers are real."""
 
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from shoestring.checkpoint import Store
-from shoestring.errors import StreamOverflow, TrainingDiverged
+from shoestring.errors import CheckpointError, StreamOverflow, TrainingDiverged
 from shoestring.training.loop import resume, train
 
 from .test_resume import CutError, assert_same_run, cut_at, lines, state
@@ -133,6 +136,45 @@ def test_a_second_half_made_update_stops_with_what_holds_the_memory(settings, tm
     saved, wrong = Store(tmp_path / "run" / "checkpoints").newest()
     assert (saved.step, wrong) == (2, [])
     assert resume(tmp_path / "run").receipt["steps"] == 5
+
+
+@pytest.fixture
+def third_update_fails():
+    """Once, after the weights are new: there never was that much memory."""
+    calls = iter(range(1, 1000))
+    hook = register_optimizer_step_post_hook(
+        lambda *arguments: bytearray(1 << 62) if next(calls) == 3 else None
+    )
+    yield
+    hook.remove()
+
+
+@pytest.mark.usefixtures("third_update_fails")
+def test_a_damaged_checkpoint_is_passed_over_on_the_way_back(settings, tmp_path):
+    seen: dict[str, dict[str, Any]] = {}
+
+    def damage(event: dict[str, Any]) -> None:
+        is_good = event["event"] != "checkpoint" or event["step"] != 2 or "resumed" in seen
+        seen[event["event"]] = event
+        if not is_good:
+            (Path(event["path"]) / "model.safetensors").write_bytes(b"")
+
+    train(settings(), progress=damage)
+    assert "model.safetensors has 0 bytes" in seen["checkpoint passed over"]["message"]
+    assert seen["out of memory"]["back_to"] == 1
+    assert (tmp_path / "run" / "checkpoints" / "damaged-step-2").is_dir()
+    steps = [line["step"] for line in lines(tmp_path / "run") if line["event"] == "step"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("third_update_fails")
+def test_without_its_checkpoints_a_half_made_run_is_not_begun_again_in_silence(settings):
+    def lose(event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint" and event["step"] == 2:
+            shutil.rmtree(Path(event["path"]).parent)
+
+    with pytest.raises(CheckpointError, match=r"checkpoints of .* are gone"):
+        train(settings(), progress=lose)
 
 
 # ---- disk --------------------------------------------------------------------------------------

@@ -316,11 +316,11 @@ def check_same(mine: dict[str, Any], facts: dict[str, Any], saved: Checkpoint) -
     """
     # Through JSON, as the saved one went: tuples become lists.
     mine, theirs = json.loads(json.dumps(mine)), facts["identity"]
-    names = {**mine, **theirs}
+    names = [*mine, *(name for name in theirs if name not in mine)]
     if facts.get("machine", {}).get("transformers") != library_version("transformers"):
-        names = {name: None for name in names if name in mine and name in theirs}
+        names = [name for name in mine if name in theirs]
     if mine[_WEIGHTS] == "none":  # gone, or never read: the checkpoint brings its own
-        names.pop(_WEIGHTS, None)
+        names = [name for name in names if name != _WEIGHTS]
     for name in names:
         if mine.get(name) != theirs.get(name):
             raise ConfigError(

@@ -48,7 +48,8 @@ def stop(job: "Job", error: ShoestringError) -> None:
 
 def interrupted(job: "Job") -> KeyboardInterrupt:
     """What a signal that was not waited for has cost, and how to go on."""
-    when = "interrupted" if job.updates else "interrupted before training began"
+    is_new = not job.updates and not job.resumes
+    when = "interrupted before the first update" if is_new else "interrupted"
     lost = job.updates - job.checkpoints.saved_step
     cost = f"{lost} updates are to be made again" if lost > 0 else "nothing was lost"
     directory = shlex.quote(str(job.record.directory))

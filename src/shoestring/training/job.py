@@ -41,7 +41,7 @@ from .distributed import World
 from .evaluate import HeldOut
 from .guard import BudgetGuard, FiniteGuard, Measured
 from .optimizer import optimizer_factory
-from .out_of_memory import can_be_split, gave_up, held_by_category, release
+from .out_of_memory import can_be_split, gave_up, held_by_category, release, said
 from .planning import make_plan, rows_that_fit
 from .prepare import Builder, loss_function, prepare_data
 from .quality import measure_quality
@@ -327,7 +327,7 @@ class Job:
         self.optimizer.zero_grad(set_to_none=True)
         release(self.world.device)
         held = held_by_category(self.model, self.optimizer)
-        was_split, message = self.split > 1, str(error).splitlines()[0]
+        was_split, message = self.split > 1, said(error)
         # In a group the others are waiting inside the step, and cannot be told.
         if was_split or self.world.size > 1 or not can_be_split(microbatches, 2):
             raise gave_up(f"step {step}", held, message, was_split=was_split)

@@ -135,12 +135,13 @@ def load_config(name: str | Path) -> Any:
 
 
 def weights_digest(name: str | Path, config: Any) -> str:
-    """What tells these weights from others, "none" where there are none: a hash of the files of a
-    directory, the commit of a hub name."""
+    """Hash of the weight files of a model directory, "none" where there are none.
+
+    Also "none" for a hub name, whose files need not be here yet, and whose latest commit need not
+    have touched them.
+    """
     directory = Path(name)
-    if not directory.is_dir():
-        return getattr(config, "_commit_hash", None) or "none"
-    whole = directory / _WEIGHTS
+    whole = directory / (getattr(config, "transformers_weights", None) or _WEIGHTS)
     files = [whole] if whole.is_file() else sorted(directory.glob("model-*.safetensors"))
     return entry_name(*map(sha256, files)) if files else "none"
 

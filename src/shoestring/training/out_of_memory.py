@@ -40,6 +40,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in _WORDS)
 
 
+def said(error: BaseException) -> str:
+    """What an allocator said, in one line; Python's own says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def release(device: torch.device) -> None:
     """Give back what a broken step left behind."""
     gc.collect()

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from .evaluate import HeldOut, continuation
-from .out_of_memory import gave_up, held_by_category, is_out_of_memory, release
+from .out_of_memory import gave_up, held_by_category, is_out_of_memory, release, said
 from .prepare import precision
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def measure_quality(job: "Job") -> HeldOut:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or job.world.size > 1:
                 raise
-            message = str(error).splitlines()[0]
+            message = said(error)
         release(job.world.device)
         held = held_by_category(job.model, job.optimizer)
         if job.data.held_out.batch == 1:

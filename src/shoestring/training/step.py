@@ -18,7 +18,7 @@ from ..objectives.next_token import Batch, num_targets, shares
 from .distributed import World
 from .guard import FiniteGuard
 from .optimizer import clip_, gradient_norm
-from .out_of_memory import HalfUpdateError, is_out_of_memory, pieces
+from .out_of_memory import HalfUpdateError, is_out_of_memory, pieces, said
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
@@ -74,7 +74,7 @@ def update(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        half_made = HalfUpdateError(str(error).splitlines()[0])
+        half_made = HalfUpdateError(said(error))
     if half_made is not None:
         raise half_made  # out here, so that it does not hold what the other one's frames hold
     optimizer.zero_grad(set_to_none=True)
