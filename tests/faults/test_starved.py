@@ -154,9 +154,9 @@ def test_a_damaged_checkpoint_is_passed_over_on_the_way_back(settings, tmp_path)
     seen: dict[str, dict[str, Any]] = {}
 
     def damage(event: dict[str, Any]) -> None:
-        is_good = event["event"] != "checkpoint" or event["step"] != 2 or "resumed" in seen
         seen[event["event"]] = event
-        if not is_good:
+        is_second = event["event"] == "checkpoint" and event["step"] == 2
+        if is_second and "resumed" not in seen:
             (Path(event["path"]) / "model.safetensors").write_bytes(b"")
 
     train(settings(), progress=damage)
