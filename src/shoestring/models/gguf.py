@@ -51,9 +51,7 @@ def gguf_config(path: str | Path) -> Any:
 
     file = checked(path)
     try:
-        return AutoConfig.from_pretrained(
-            file.parent, gguf_file=file.name, trust_remote_code=False
-        )
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except Exception as error:
         raise unreadable(file, error) from error
 

@@ -135,12 +135,14 @@ def load_config(name: str | Path) -> Any:
 
 
 def weights_digest(name: str | Path, config: Any) -> str:
-    """Hash of the weight files of a model directory, "none" where there are none.
+    """Hash of the weight files of a model directory, or of a .gguf file; "none" without any.
 
     Also "none" for a hub name, whose files need not be here yet, and whose latest commit need not
     have touched them.
     """
-    directory = Path(name)
+    directory = Path(name).expanduser()
+    if directory.is_file():
+        return entry_name(sha256(directory))
     whole = directory / (getattr(config, "transformers_weights", None) or _WEIGHTS)
     files = [whole] if whole.is_file() else sorted(directory.glob("model-*.safetensors"))
     return entry_name(*map(sha256, files)) if files else "none"
