@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -140,18 +139,6 @@ def test_a_finished_run_can_be_made_longer(settings, tmp_path):
     assert longer.receipt["steps"] == 4
     steps = [line["step"] for line in lines(tmp_path / "run") if line["event"] == "step"]
     assert steps == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_so(settings, tmp_path, number):
-    config = settings(run={"steps": 100_000}, checkpoint={"every": 0})
-    victim = Victim("train", config, tmp_path / "log")
-    victim.wait_for("step", 3)
-    victim.kill(number)
-    assert victim.wait() == 130
-    assert len(victim.events("checkpoint")) == 1
-    done = victim.events("step")[-1]["step"]
-    assert resume(tmp_path / "run", steps=done + 1).receipt["steps"] == done + 1
 
 
 def test_training_over_a_run_asks_for_resume(settings, broken):

@@ -2,16 +2,20 @@
 mounts and not-a-numbers are real."""
 
 import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from shoestring.checkpoint import Store
-from shoestring.errors import StreamOverflow, TrainingDiverged
+from shoestring.errors import CheckpointError, StreamOverflow, TrainingDiverged
 from shoestring.training.loop import resume, train
 
-from .test_resume import assert_same_run, lines
+from .test_resume import CutError, assert_same_run, cut_at, lines, state
 from .victims import Victim
 
 MIB = 1 << 20
@@ -57,6 +61,120 @@ def test_a_second_time_without_memory_stops_with_a_report_and_nothing_lost(setti
     saved, _ = Store(tmp_path / "run" / "checkpoints").newest()
     assert saved.step == 2
     assert resume(tmp_path / "run", steps=3).receipt["steps"] == 3
+
+
+# Weights of 12 MiB in tensors that the allocator maps one by one, and little else.
+WIDE = {
+    **BIG,
+    "model": {**BIG["model"], "hidden_size": 256, "dropout": 0.1},
+    "data": {"sequence_length": 32, "batch_size": 4},
+    "run": {"steps": 5},
+}
+# The same updates when their microbatches are cut in half.
+HALVED = {
+    **WIDE,
+    "data": {"sequence_length": 32, "batch_size": 2},
+    "optim": {"accumulate": 2},
+    "evaluate": {"every": 0, "batches": 2},
+}
+
+
+def assert_same_learning(a: Path, b: Path) -> None:
+    """The same weights, states, losses and norms by `torch.equal`, in however much memory."""
+    mine, other = state(a), state(b)
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
+    assert len(lines(a)) == len(lines(b))
+    for one, two in zip(lines(a), lines(b), strict=True):
+        assert (one["event"], one["step"]) == (two["event"], two["step"])
+        if one["event"] == "step":
+            assert (one["loss"], one["norm"]) == (two["loss"], two["norm"])
+        else:  # scored in other batches, so summed in another order
+            assert one["nats_per_token"] == pytest.approx(two["nats_per_token"], rel=1e-6)
+
+
+def test_without_memory_for_the_first_update_a_run_begins_again_and_is_split(settings, tmp_path):
+    fate = ("starved_optimizer", 1, False)
+    victim = Victim("train", settings(**WIDE), tmp_path / "log", *fate)
+    assert victim.wait() == 0, victim.text()
+    (told,) = victim.events("out of memory")
+    assert (told["step"], told["split"], told["back_to"]) == (1, 2, 0)
+    train(settings(tmp_path / "whole", **HALVED))
+    assert_same_learning(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_half_made_update_goes_back_to_the_checkpoint_as_a_resume_would(
+    settings, tmp_path, every
+):
+    # saved after step 2; with every=2 step 3 is lost as well, and made again
+    wide = {**WIDE, "checkpoint": {"every": every}, "evaluate": {"every": 2, "batches": 1}}
+    halved = {**HALVED, "evaluate": {"every": 2, "batches": 2}}
+    failing = 3 if every == 1 else 4
+    fate = ("starved_optimizer", failing, True)
+    victim = Victim("train", settings(**wide), tmp_path / "log", *fate)
+    assert victim.wait() == 0, victim.text()
+    (told,) = victim.events("out of memory")
+    assert (told["step"], told["back_to"]) == (failing, 2)
+    with pytest.raises(CutError):
+        train(settings(tmp_path / "fresh", **wide), progress=cut_at(3))
+    text = settings(tmp_path / "fresh", **halved).to_toml()
+    (tmp_path / "fresh" / "config.toml").write_text(text)
+    resume(tmp_path / "fresh")
+    assert_same_learning(tmp_path / "fresh", tmp_path / "run")
+
+
+def test_a_second_half_made_update_stops_with_what_holds_the_memory(settings, tmp_path):
+    fate = ("starved_optimizer", 3, True, 2)
+    victim = Victim("train", settings(**WIDE), tmp_path / "log", *fate)
+    assert victim.wait() == 3, victim.text()
+    assert len(victim.events("out of memory")) == 1
+    (error,) = victim.events("error")
+    assert "the optimizer's part of step 3: the system had no more memory" in error["message"]
+    assert "though it was split already" in error["message"]
+    assert re.search(r"weights 12\.\d MiB, optimizer 25\.\d MiB", error["message"])
+    saved, wrong = Store(tmp_path / "run" / "checkpoints").newest()
+    assert (saved.step, wrong) == (2, [])
+    assert resume(tmp_path / "run").receipt["steps"] == 5
+
+
+@pytest.fixture
+def third_update_fails():
+    """Once, after the weights are new: there never was that much memory."""
+    calls = iter(range(1, 1000))
+    hook = register_optimizer_step_post_hook(
+        lambda *arguments: bytearray(1 << 62) if next(calls) == 3 else None
+    )
+    yield
+    hook.remove()
+
+
+@pytest.mark.usefixtures("third_update_fails")
+def test_a_damaged_checkpoint_is_passed_over_on_the_way_back(settings, tmp_path):
+    seen: dict[str, dict[str, Any]] = {}
+
+    def damage(event: dict[str, Any]) -> None:
+        seen[event["event"]] = event
+        is_second = event["event"] == "checkpoint" and event["step"] == 2
+        if is_second and "resumed" not in seen:
+            (Path(event["path"]) / "model.safetensors").write_bytes(b"")
+
+    train(settings(), progress=damage)
+    assert "model.safetensors has 0 bytes" in seen["checkpoint passed over"]["message"]
+    assert seen["out of memory"]["back_to"] == 1
+    assert (tmp_path / "run" / "checkpoints" / "damaged-step-2").is_dir()
+    steps = [line["step"] for line in lines(tmp_path / "run") if line["event"] == "step"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("third_update_fails")
+def test_without_its_checkpoints_a_half_made_run_is_not_begun_again_in_silence(settings):
+    def lose(event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint" and event["step"] == 2:
+            shutil.rmtree(Path(event["path"]).parent)
+
+    with pytest.raises(CheckpointError, match=r"checkpoints of .* are gone"):
+        train(settings(), progress=lose)
 
 
 # ---- disk --------------------------------------------------------------------------------------

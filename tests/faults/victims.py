@@ -14,6 +14,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,7 @@ def _suffer(action: str, toml: str, log: str, fate: tuple[Any, ...]) -> None:
     from shoestring.training.loop import resume, train
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command does
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -101,6 +103,7 @@ def _suffer(action: str, toml: str, log: str, fate: tuple[Any, ...]) -> None:
 
     code = 0
     try:
+        tell({"event": "started"})
         run = (
             train(config, progress=tell)
             if action == "train"
@@ -110,6 +113,9 @@ def _suffer(action: str, toml: str, log: str, fate: tuple[Any, ...]) -> None:
     except ShoestringError as error:
         tell({"event": "error", "kind": type(error).__name__, "message": str(error)})
         code = error.exit_code
+    except KeyboardInterrupt as error:
+        tell({"event": "interrupted", "message": str(error)})
+        code = 130
     except BaseException as error:
         import traceback
 
@@ -134,21 +140,61 @@ def little_memory(
     # Large blocks as mappings of their own: what the heap keeps for later would be more memory.
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 17)
 
-    def limit(more: int) -> None:
-        status = Path("/proc/self/status").read_text()
-        data = int(status.partition("VmData:")[2].split()[0]) * 1024
-        resource.setrlimit(resource.RLIMIT_DATA, (data + more, resource.RLIM_INFINITY))
-
     def on_event(event: dict[str, Any]) -> None:
         nonlocal is_set
         kind = "step" if after else "evaluation"
         if not is_set and event["event"] == kind and event["step"] == after:
             is_set = True
-            limit(more_bytes)
+            _limit_memory(more_bytes)
         if even_less is not None and event["event"] == "out of memory":
-            limit(even_less)
+            _limit_memory(even_less)
 
     return on_event
+
+
+def starved_optimizer(
+    config: RunConfig, step: int, keeps_average: bool, times: int = 1
+) -> Callable[..., None]:
+    """In the optimizer's step of an update not a byte more than there is, and plenty again once
+    the run has given up what it held; so many times.
+
+    keeps_average: a hook of that step copies every weight, once they are new; else the states of
+    the first update are what does not fit.
+    """
+    from torch.optim.optimizer import (
+        register_optimizer_step_post_hook,
+        register_optimizer_step_pre_hook,
+    )
+
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 17)
+    calls = 0
+    average: list[Any] = []
+
+    def before(optimizer: Any, *arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if step <= calls < step + times:
+            _limit_memory(0)
+
+    def after(optimizer: Any, *arguments: Any) -> None:
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        average[:] = [weight.detach().clone() for weight in weights]
+
+    register_optimizer_step_pre_hook(before)
+    if keeps_average:
+        register_optimizer_step_post_hook(after)
+
+    def on_event(event: dict[str, Any]) -> None:
+        if calls >= step and event["event"] == "model":
+            _limit_memory(1 << 28)
+
+    return on_event
+
+
+def _limit_memory(more: int) -> None:
+    status = Path("/proc/self/status").read_text()
+    data = int(status.partition("VmData:")[2].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (data + more, resource.RLIM_INFINITY))
 
 
 def full_disk(config: RunConfig, size: int, seed: int) -> Callable[..., None]:
@@ -274,6 +320,18 @@ def clock_jumps(config: RunConfig) -> Callable[..., None]:
         nonlocal offset
         if event["event"] == "step":
             offset = -86_400.0 if event["step"] % 2 else 31_536_000.0
+
+    return on_event
+
+
+def signalled(config: RunConfig, moment: str, number: int) -> Callable[..., None]:
+    """A signal to itself at an event, or a moment after it has begun to read."""
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == moment:
+            os.kill(os.getpid(), number)
+        elif event["event"] == "started" and moment == "reading":
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
 
     return on_event
 

@@ -111,6 +111,19 @@ def test_several_runs_fit(browser, run, hard, tmp_path, width, dark):
     check(browser, write_report(runs, tmp_path / "all.html"), width, dark)
 
 
+def test_the_last_number_of_an_axis_ends_with_it(browser, run):
+    lines = "".join(json.dumps(line) + "\n" for line in metrics(5000))
+    browser.look(width=390)
+    browser.open(write_report([run(metrics_jsonl=lines)]))
+    ends = browser.evaluate("""[...document.querySelectorAll("figure")].flatMap((figure) => {
+      const last = figure.querySelector(".x span:last-child");
+      const end = figure.querySelector(".area").getBoundingClientRect().right;
+      return last ? [last.getBoundingClientRect().right - end] : [];
+    })""")
+    assert len(ends) >= 4
+    assert all(end < 3 for end in ends), ends
+
+
 @pytest.mark.parametrize("missing", ["receipt_json", "plan_json", "memory_json", "metrics_jsonl"])
 def test_page_of_a_part_of_a_run_fits(browser, run, missing):
     check(browser, write_report([run(**{missing: None})]), 390, False)

@@ -1,12 +1,15 @@
 """What was saved comes back: ours, Hugging Face's, reversible or plain; damage is named."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from shoestring.checkpoint import read_manifest
 from shoestring.data import open_source, train_tokenizer
 from shoestring.errors import CheckpointError, ConfigError, DataError
 from shoestring.methods.reversible import is_reversible, reversible
@@ -62,6 +65,19 @@ def test_a_fine_tuned_llama_is_an_ordinary_hugging_face_directory(settings, llam
     names = {path.name for path in directory.iterdir()}
     assert {"model.safetensors", "tokenizer.json", "config.json", "manifest.json"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+def test_a_model_carries_the_receipt_and_the_card_of_its_run_under_its_manifest(settings, tmp_path):
+    run = train(settings(run={"steps": 2}))
+    model = shutil.copytree(run.directory / "model", tmp_path / "given away")
+    assert json.loads((model / "receipt.json").read_text()) == run.receipt
+    assert (model / "receipt.json").read_bytes() == (run.directory / "receipt.json").read_bytes()
+    assert "for 2 updates (finished)" in (model / "README.md").read_text()
+    assert {"receipt.json", "README.md"} <= set(read_manifest(model))
+    assert torch.equal(logits(load(model)[0]), logits(run.model))
+    (model / "receipt.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"receipt\.json has 2 bytes"):
+        load(model)
 
 
 def test_training_starts_from_the_weights_or_from_scratch(settings, llama):

@@ -4,7 +4,8 @@ directory   a directory that appears in one step, every file in a manifest of ch
 manifest    that manifest: writing, reading with suspicion, verifying
 tensors     safetensors files written tensor by tensor, hashed on the way
 store       the checkpoints of a run: the newest that verifies wins, old ones go afterwards
-lock        one process at a time
+lock        one process at a time in a run directory
+held        files that one process holds at a time
 """
 
 from importlib import import_module

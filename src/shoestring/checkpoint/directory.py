@@ -11,13 +11,13 @@ import errno
 import glob
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import CheckpointError
 from ..units import format_bytes
+from .held import hold
 from .manifest import write_manifest
 
 
@@ -114,7 +114,8 @@ def _own_file(final: Path) -> tuple[int, Path]:
     """A new file beside `final`, open and held."""
     while True:
         descriptor, name = tempfile.mkstemp(prefix=f".{final.name}.new-", dir=final.parent)
-        _hold(descriptor)
+        with contextlib.suppress(OSError):  # a file system without locks has no sweep either
+            hold(descriptor)
         if os.name == "nt" or os.fstat(descriptor).st_nlink:
             return descriptor, Path(name)
         os.close(descriptor)  # swept away by another writer before it was held
@@ -128,7 +129,8 @@ def _sweep_files(final: Path) -> None:
                 continue  # nothing that a writer makes
             descriptor = os.open(stale, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
             try:
-                if _hold(descriptor) and os.name != "nt":
+                hold(descriptor)  # OSError: its writer is alive
+                if os.name != "nt":
                     stale.unlink()
             finally:
                 os.close(descriptor)
@@ -167,23 +169,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-if sys.platform == "win32":
-
-    def _hold(descriptor: int) -> bool:
-        return True
-
-else:
-    import fcntl
-
-    def _hold(descriptor: int) -> bool:
-        """Whether nobody else holds the file; False too on a file system without locks."""
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
 
 
 def _umask() -> int:

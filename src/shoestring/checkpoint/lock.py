@@ -7,13 +7,13 @@ that was killed leaves nothing to clean up.
 import errno
 import os
 import stat
-import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from ..errors import CheckpointError
 from .directory import make_directory, unwritable
+from .held import hold
 
 _NAME = ".lock"
 
@@ -40,7 +40,7 @@ class Lock:
             os.close(descriptor)
             raise _no_file(path, "a pipe or a device")
         try:
-            _take(descriptor)
+            hold(descriptor)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 os.close(descriptor)
@@ -71,19 +71,3 @@ class Lock:
 
 def _no_file(path: Path, found: str) -> CheckpointError:
     return CheckpointError(f"{path} is {found}", expected="a file", hint="Remove it.")
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _take(descriptor: int) -> None:
-        # Far behind the text, so that others may read who holds it.
-        os.lseek(descriptor, 1 << 20, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-
-else:
-    import fcntl
-
-    def _take(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

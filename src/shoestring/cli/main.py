@@ -7,6 +7,7 @@ dataclass that tyro turns into flags, and `run(arguments, terminal) -> exit code
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -62,8 +63,8 @@ def main(argv: Sequence[str]) -> int:
     terminal = Terminal(json="--json" in argv)
     try:
         return _run_verb(argv[0], list(argv[1:]), terminal)
-    except KeyboardInterrupt:
-        terminal.error(KeyboardInterrupt("interrupted"), code=130)
+    except KeyboardInterrupt as error:
+        terminal.error(error if error.args else KeyboardInterrupt("interrupted"), code=130)
         return 130
     except BrokenPipeError:
         raise
@@ -126,6 +127,7 @@ def _restart_with_tuned_allocator(argv: Sequence[str]) -> None:
 def entry() -> None:
     """The console command."""
     _restart_with_tuned_allocator(sys.argv[1:])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, from the first moment
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()

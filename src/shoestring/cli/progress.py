@@ -25,6 +25,7 @@ _STAGES = {
 }
 _INCIDENTS = {
     "resumed": "going on after update {step}",
+    "other machine": "{message}: the numbers may differ in their last bits from here on",
     "skipped": "update {step} left out: {message}",
     "out of memory": "step {step}: no more memory ({message}); going on with smaller parts",
     "checkpoint passed over": "a checkpoint cannot be used: {message}",

@@ -27,21 +27,33 @@ def load_gguf(path: str | Path, *, from_scratch: bool = False) -> Any:
     from_scratch: its shape with random weights; no weights are read. ConfigError where there is
     no file or the gguf package is missing; CheckpointError for a file that cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    if from_scratch:
+        config = gguf_config(path)
+        config.dtype = torch.float32
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     file = checked(path)
-    where: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     try:
-        if from_scratch:
-            config = AutoConfig.from_pretrained(file.parent, **where)
-            config.dtype = torch.float32
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+        )
     # What is raised depends on which part of the file is wrong; it stays chained.
     except Exception as error:
         raise unreadable(file, error) from error
     _forget_quantisation(model)
     return model
+
+
+def gguf_config(path: str | Path) -> Any:
+    """The config of a GGUF file. Raises what `load_gguf` raises."""
+    from transformers import AutoConfig
+
+    file = checked(path)
+    try:
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    except Exception as error:
+        raise unreadable(file, error) from error
 
 
 def _forget_quantisation(model: Any) -> None:

@@ -157,6 +157,12 @@ def _between(upper: Sequence[tuple[str, str]], lower: Sequence[tuple[str, str]])
 # ---- what stands around it --------------------------------------------------------------------
 
 
+def _x_name(share: float, name: str) -> Html:
+    # In the middle of its place, but where that would stick out at the right.
+    end = {"cls": "end"} if share > 0.97 else {}
+    return tag("span", name, style=f"left:{percent(share)}", **end)
+
+
 def _figure(drawn: Html, axes: Axes, series: Sequence[Series]) -> Html:
     x_at, y_at = ticks(axes.x, axes.x_ticks), ticks(axes.y, axes.y_ticks)
     grid = "".join(f"M0 {_y(axes, y)}H{WIDTH}" for y in y_at)
@@ -174,7 +180,7 @@ def _figure(drawn: Html, axes: Axes, series: Sequence[Series]) -> Html:
     )
     marks = [_level_name(level, axes) for level in axes.levels]
     y_names = [tag("span", short(y), style=f"bottom:{percent(axes.y.share(y))}") for y in y_at]
-    x_names = [tag("span", short(x), style=f"left:{percent(axes.x.share(x))}") for x in x_at]
+    x_names = [_x_name(axes.x.share(x), short(x)) for x in x_at]
     head = tag("figcaption", axes.title, tag("span", axes.y_unit) if axes.y_unit else Html())
     return tag(
         "figure",

@@ -13,7 +13,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,18 @@ from ..errors import CheckpointError, ConfigError
 from ..planner import Plan
 from .config import CheckpointConfig, RunConfig
 from .out_of_memory import is_out_of_memory
+from .receipt import library_version
 from .snapshot import STATE, Snapshot
 
-FORMAT = 1
+FORMAT = 2
+"""Of state.json. 1 had neither the fields of the model's config nor the machine."""
+_WEIGHTS = "model.name (its weights)"
+_INCIDENTAL = {
+    "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache",
+    "return_dict", "output_hidden_states", "output_attentions", "id2label", "label2id",
+    "problem_type",
+}  # fmt: skip
+"""Fields of a transformers config that change nothing of what is computed in training."""
 _CONFIG, _PLAN = "config.toml", "plan.json"
 Tell = Callable[..., None]
 
@@ -153,12 +162,27 @@ def _copied(snapshot: Snapshot) -> Snapshot | None:
 def refuse_lost(directory: Path) -> None:
     """CheckpointError for a run that ended once and has no checkpoint any more."""
     place = directory / "checkpoints"
-    if (place.is_symlink() and not place.exists()) or (directory / "receipt.json").exists():
-        raise CheckpointError(
-            f"the checkpoints of {directory} are gone",
-            expected="checkpoints/ of the run, where it left them",
-            hint="Put them back; shoestring train with --run.replace starts anew.",
-        )
+    if (place.is_symlink() and not place.exists()) or _made_updates(directory / "receipt.json"):
+        raise lost(directory)
+
+
+def lost(directory: Path) -> CheckpointError:
+    """What to say when a run cannot go on because somebody took its checkpoints away."""
+    return CheckpointError(
+        f"the checkpoints of {directory} are gone",
+        expected="checkpoints/ of the run, where it left them",
+        hint="Put them back; shoestring train with --run.replace starts anew.",
+    )
+
+
+def _made_updates(receipt: Path) -> bool:
+    """Whether a run that ended had made any; one that cannot be read is taken for such."""
+    try:
+        return bool(json.loads(receipt.read_text(encoding="utf-8"))["steps"])
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return True
 
 
 def remove_run(directory: Path) -> None:
@@ -247,8 +271,18 @@ def config_of(directory: Path) -> RunConfig:
     return RunConfig.load(saved.path / _CONFIG)
 
 
-def identity(config: RunConfig, *, corpus: str, tokenizer: str) -> dict[str, Any]:
-    """By dotted name, what may not change between a checkpoint and the run that goes on from it."""
+def identity(
+    config: RunConfig,
+    *,
+    corpus: str,
+    tokenizer: str,
+    shape: Mapping[str, Any],
+    weights: str,
+) -> dict[str, Any]:
+    """By dotted name, what may not change between a checkpoint and the run that goes on from it.
+
+    shape: fields of the model's config.  corpus, tokenizer, weights: digests.
+    """
     model = dataclasses.asdict(config.model)
     if model["name"]:
         model["name"] = Path(model["name"]).name  # a moved directory is the same model
@@ -263,14 +297,31 @@ def identity(config: RunConfig, *, corpus: str, tokenizer: str) -> dict[str, Any
         "run.allow": config.run.allow,
         "plan.only": config.plan.only,
         "plan.never": config.plan.never,
+        **_flat("model.config", {k: v for k, v in shape.items() if k not in _INCIDENTAL}),
+        _WEIGHTS: weights,
     }
 
 
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: value}
+    parts = (_flat(f"{name}.{key}", inner) for key, inner in value.items())
+    return {key: inner for part in parts for key, inner in part.items()}
+
+
 def check_same(mine: dict[str, Any], facts: dict[str, Any], saved: Checkpoint) -> None:
-    """ConfigError naming the first setting that is not what it was."""
+    """ConfigError naming the first setting that is not what it was.
+
+    What only one of the two has says nothing where they come from different versions.
+    """
     # Through JSON, as the saved one went: tuples become lists.
     mine, theirs = json.loads(json.dumps(mine)), facts["identity"]
-    for name in sorted({*mine, *theirs}):
+    names = [*mine, *(name for name in theirs if name not in mine)]
+    if facts.get("machine", {}).get("transformers") != library_version("transformers"):
+        names = [name for name in mine if name in theirs]
+    if mine[_WEIGHTS] == "none":  # gone, or never read: the checkpoint brings its own
+        names = [name for name in names if name != _WEIGHTS]
+    for name in names:
         if mine.get(name) != theirs.get(name):
             raise ConfigError(
                 f"{name} is {mine.get(name)!r} now, and was {theirs.get(name)!r} when "

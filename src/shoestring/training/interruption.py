@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: the first asks to stop after the step, a second stops now."""
+"""Ctrl-C and SIGTERM: before training at once, during it after the step; a second one at once."""
 
 import signal
 import threading
@@ -7,11 +7,11 @@ from typing import Self
 
 
 class Interruption:
-    """While entered, SIGINT and SIGTERM set `.asked`. In another thread than the main one they do
-    nothing."""
+    """While entered, SIGINT and SIGTERM set `.asked`, and raise KeyboardInterrupt unless it is the
+    first and `.waits` is set. In another thread than the main one they are left as they are."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.waits = False
         self._before: dict[signal.Signals, signal.Handlers | object] = {}
 
     def __enter__(self) -> Self:
@@ -31,6 +31,8 @@ class Interruption:
             signal.signal(number, before)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
+        at_once = self.asked or not self.waits
+        # Kept, too: Python drops what is raised within a destructor.
         self.asked = True
+        if at_once:
+            raise KeyboardInterrupt

@@ -1,4 +1,7 @@
-"""Everything a run holds while it lasts: data, plan, model, optimizer, guards and its record."""
+"""Everything a run holds while it lasts: data, plan, model, optimizer, guards and its record.
+
+How it gets into a checkpoint and out of one is in `resuming`, how it ends in `ending`.
+"""
 
 import contextlib
 import gc
@@ -7,25 +10,22 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import nn
 
 from ..allocator import is_tuned
 from ..checkpoint import Checkpoint, Lock, verify
 from ..data.tokenizer import tokenizer_digest
-from ..errors import CheckpointError, OutOfBudget, ShoestringError, TrainingDiverged
+from ..errors import OutOfBudget, TrainingDiverged
 from ..objectives.next_token import Batch
 from ..planner import Plan
 from ..planner.budget import CPU_MARGIN_TUNED, resident_bytes
-from ..report import memory_json, write_report
+from ..report import memory_json
 from ..rss import status_bytes
 from ..units import format_bytes
 from .checkpoints import (
-    FORMAT,
     Checkpoints,
     check_same,
     identity,
@@ -35,34 +35,24 @@ from .checkpoints import (
     same_sizes,
     saved_facts,
     saved_plan,
-    texts_of,
 )
 from .config import RunConfig
 from .distributed import World
-from .evaluate import HeldOut, continuation
-from .guard import BudgetGuard, FiniteGuard, Measured, bad_weight
+from .evaluate import HeldOut
+from .guard import BudgetGuard, FiniteGuard, Measured
 from .optimizer import optimizer_factory
-from .out_of_memory import can_be_split, gave_up, held_by_category, is_out_of_memory, release
+from .out_of_memory import can_be_split, gave_up, held_by_category, release, said
 from .planning import make_plan, rows_that_fit
-from .prepare import Builder, loss_function, precision, prepare_data
+from .prepare import Builder, loss_function, prepare_data
+from .quality import measure_quality
 from .receipt import describe_model, receipt_of
 from .record import Progress, Record
-from .save import model_card, save_model
-from .snapshot import Snapshot, restore
+from .resuming import restore_job
+from .save import save_model
 from .step import Updated, on_device
 
 SKIPS = 10
 """Updates in a row that may be left out when run.nonfinite is "skip"."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run that ended. receipt: also in receipt.json; receipt["status"] says how it ended."""
-
-    directory: Path
-    model: nn.Module
-    tokenizer: Any
-    receipt: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +77,20 @@ class Job:
         self.record = Record(config, writes=world.is_first, progress=progress)
         self.checkpoints = Checkpoints(self.record.directory, config.checkpoint, self.record.tell)
         self.updates = 0
+        self.has_begun = False
         self.split = 1
+        self.skipped_in_a_row = 0
+        self.seconds_before = 0.0
+        self.evaluated: tuple[int, HeldOut] | None = None
         self.has_evaluated = False
-        self._resume = resume
-        self._saved: Checkpoint | None = None
-        self._facts: dict[str, Any] = {}
-        self._skipped_in_a_row = 0
-        self._planned_anew = False
+        self.planned_anew = False
+        self.saved: Checkpoint | None = None
+        self.facts: dict[str, Any] = {}
+        self.resumes = resume
         self._lock = Lock(self.record.directory) if world.is_first else contextlib.nullcontext()
         self.started = time.monotonic()
         self._began_training = self.started
-        self._seconds_before = 0.0
         self.step_seconds: list[float] = []
-        self._evaluated: tuple[int, HeldOut] | None = None
         self.quality: dict[str, HeldOut | None] = {"before": None, "after": None}
 
     def __enter__(self) -> Self:
@@ -110,8 +101,9 @@ class Job:
             self._plan()
             self._begin_writing()
             self._build()
-            if self._saved is not None:
-                self._restore()
+            self._guard()
+            if self.saved is not None:
+                restore_job(self, self.saved, self.facts)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -130,21 +122,21 @@ class Job:
     @property
     def was_resumed(self) -> bool:
         """Whether the run goes on from a checkpoint."""
-        return self._saved is not None
+        return self.saved is not None
 
     @property
     def seconds(self) -> float:
         """Of training so far, those before a resume included."""
-        return self._seconds_before + time.monotonic() - self._began_training
+        return self.seconds_before + time.monotonic() - self._began_training
 
     # ---- before the first step -------------------------------------------------------------
 
     def _find(self) -> None:
         """What the directory holds. Nothing in it is touched before the run is accepted."""
-        if self._resume:
-            self._saved = self.checkpoints.find()
-            if self._saved is not None:
-                self._facts = saved_facts(self._saved)
+        if self.resumes:
+            self.saved = self.checkpoints.find()
+            if self.saved is not None:
+                self.facts = saved_facts(self.saved)
             else:
                 refuse_lost(self.record.directory)
         elif not self.config.run.replace and self.world.is_first:
@@ -153,14 +145,15 @@ class Job:
 
     def _begin_writing(self) -> None:
         """The run is accepted: what stands in its way goes, and its files begin."""
+        self.has_begun = True
         if self.world.is_first:
             store = self.checkpoints.store
             if self.config.run.replace:
                 remove_run(self.record.directory)
-            if self._saved is not None:
-                store.set_aside(newer_than=self._saved.step)
+            if self.saved is not None:
+                store.set_aside(newer_than=self.saved.step)
             store.sweep()
-        self.record.open(keep_bytes=self._facts.get("metrics_bytes", 0))
+        self.record.open(keep_bytes=self.facts.get("metrics_bytes", 0))
         if self.plan is not None:
             self.record.text("plan.json", self.plan.to_json() + "\n")
 
@@ -176,31 +169,35 @@ class Job:
             rows=len(self.batches.rows),
             rows_cut=self.batches.rows.num_cut if self.data.corpus.is_chat else 0,
         )
+        self._builder = Builder(
+            self.config.model,
+            length=self.config.data.sequence_length,
+            tokenizer=self.data.tokenizer,
+            device=self.world.device,
+        )
+        # Weights are large: one process reads them.
+        weights = self._builder.weights_digest() if self.world.is_first else ""
         self.identity = identity(
             self.config,
             corpus=self.data.corpus.digest,
             tokenizer=tokenizer_digest(self.data.tokenizer),
+            shape=self._builder.shape(),
+            weights=self.world.share(weights),
         )
-        if self._saved is not None:
-            check_same(self.identity, self._facts, self._saved)
+        if self.saved is not None:
+            check_same(self.identity, self.facts, self.saved)
 
     def _plan(self) -> None:
         config, device = self.config, self.world.device
         self.loss = loss_function(config, device)
-        self._builder = Builder(
-            config.model,
-            length=config.data.sequence_length,
-            tokenizer=self.data.tokenizer,
-            device=device,
-        )
         self._make_optimizer = optimizer_factory(config.optim, device)
         rows = [i % len(self.batches.rows) for i in range(config.data.batch_size)]
         batch = on_device(self.batches.rows.batch(rows), device)
-        if self._saved is not None and same_sizes(config, self._saved):
+        if self.saved is not None and same_sizes(config, self.saved):
             # The same plan, not as good a one: another could sum in another order.
-            self.plan = saved_plan(self._saved)
+            self.plan = saved_plan(self.saved)
         else:
-            self._planned_anew = self._saved is not None
+            self.planned_anew = self.saved is not None
             self.plan = make_plan(
                 config,
                 self._builder.sketch,
@@ -234,7 +231,7 @@ class Job:
         seed = self.config.run.seed
         torch.manual_seed(seed)
         # Weights that a checkpoint brings need not be read from anywhere else.
-        self.model = self._builder.real(with_weights=self._saved is None)
+        self.model = self._builder.real(with_weights=self.saved is None)
         if self.plan is not None:
             self.plan.apply(self.model)
         self.optimizer = self._make_optimizer(self.model.parameters())
@@ -243,6 +240,8 @@ class Job:
         # Equal weights everywhere, but every process drops out on its own.
         torch.manual_seed(seed + 1_000_003 * (self.world.rank + 1))
         self.record.tell("model", **describe_model(self.model))
+
+    def _guard(self) -> None:
         self.budget = BudgetGuard(
             self.world.device,
             limit_bytes=self.limit_bytes if self.config.plan.guard else None,
@@ -261,43 +260,15 @@ class Job:
         mapped = int(self.data.corpus.ids.nbytes)
         return resident - resident_bytes(self.model, torch.device("cpu")) + mapped
 
-    def _restore(self) -> None:
-        """Put the checkpoint in place of the fresh weights, states, positions and generators."""
-        saved, facts = self._saved, self._facts
-        assert saved is not None
-        try:
-            self.batches.load_state(facts["data"])
-            self.updates, self.split = facts["step"], facts["split"]
-            self._skipped_in_a_row = facts["skipped_in_a_row"]
-            self._seconds_before = facts["seconds"]
-            self.quality["before"] = HeldOut(**facts["before"]) if facts["before"] else None
-            self.has_evaluated = bool(facts.get("has_evaluated"))
-            if self._planned_anew:  # the peaks of another plan are not this one's
-                self.budget.first_step = self.updates
-            else:
-                self.budget.load_state(facts["guard"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{saved.path} lacks what a run needs to go on ({error})",
-                expected="a checkpoint that this version wrote",
-            ) from error
-        restore(saved, self.model, self.optimizer, self.world)
-        timed = [(line.get("step"), line.get("seconds")) for line in self.record.lines("step")]
-        self.step_seconds = [
-            seconds
-            for step, seconds in timed
-            if isinstance(step, int) and isinstance(seconds, float) and not self.budget.tracks(step)
-        ]
-        self.record.line("resumed", step=self.updates, processes=self.world.size)
-
     def exercise(self) -> None:
         """Evaluate and save once while nothing can be lost; what was saved is removed again."""
         self.record.tell("before")
-        self.quality["before"] = self.evaluate()
+        self.quality["before"] = measure_quality(self)
         if self.world.is_first:
             trial = self.record.directory / ".exercise"
             try:
-                save_model(self.model, self.data.tokenizer, trial, card="")
+                receipt = receipt_of(self, "not begun", None)
+                save_model(self.model, self.data.tokenizer, trial, receipt)
                 verify(trial)
             finally:
                 shutil.rmtree(trial, ignore_errors=True)
@@ -307,41 +278,6 @@ class Job:
     def begin(self) -> None:
         """The clock of training starts: reading and planning are not training."""
         self._began_training = time.monotonic()
-
-    def save_checkpoint(self, *, is_last: bool = False) -> None:
-        """Everything as it is after the last update. All processes take part."""
-        self.checkpoints.wait()
-        # Only the first process knows what was written, and all have to do the same.
-        has_it = self.world.is_first and self.checkpoints.saved_step == self.updates
-        if not self.updates or (is_last and self.world.sum([float(has_it)])[0]):
-            return
-        if (name := bad_weight(self.model)) is not None:
-            # It would push a good one out, and every resume would stop again.
-            message = f"{name} is not finite; the checkpoint of step {self.checkpoints.saved_step}"
-            self.record.tell("checkpoint failed", message=f"{message} stays the newest")
-            return
-        self.record.sync()
-        before = self.quality["before"]
-        snapshot = Snapshot.of(
-            self.model,
-            self.optimizer,
-            self.world,
-            format=FORMAT,
-            step=self.updates,
-            split=self.split,
-            skipped_in_a_row=self._skipped_in_a_row,
-            seconds=self.seconds,
-            data=self.batches.state(),
-            metrics_bytes=self.record.num_bytes,
-            before=before.to_json() if before else None,
-            guard=self.budget.state(),
-            has_evaluated=(self._evaluated or (-1,))[0] == self.updates,
-            identity=self.identity,
-        )
-        if self.world.is_first:
-            texts = texts_of(self.config, self.plan)
-            self.checkpoints.save(self.updates, snapshot, texts, is_last=is_last)
-        self.world.barrier()
 
     def mark(self) -> Mark:
         """Where data and generators are before a step, to go back to when nothing came of it."""
@@ -362,20 +298,36 @@ class Job:
 
     def skip(self, step: int, error: TrainingDiverged) -> TrainingDiverged | None:
         """Leave out an update whose numbers were not finite; gives the error back after `SKIPS`."""
-        self._skipped_in_a_row += 1
+        self.skipped_in_a_row += 1
         self.optimizer.zero_grad(set_to_none=True)
-        if self.config.run.nonfinite == "stop" or self._skipped_in_a_row > SKIPS:
+        if self.config.run.nonfinite == "stop" or self.skipped_in_a_row > SKIPS:
             return error
         self.updates = step
         self.record.line("skipped", step=step, message=str(error))
         return None
+
+    def go_back(self, saved: Checkpoint | None, facts: dict[str, Any]) -> None:
+        """Model, optimizer and positions as a fresh process would make them: from a checkpoint, or
+        from the run's own beginning."""
+        # Made anew, and not beside the old ones, for which there may be no memory.
+        del self.model, self.wrapped, self.optimizer, self.finite
+        release(self.world.device)
+        self.saved, self.facts = saved, facts
+        if saved is not None and self.world.is_first:
+            self.checkpoints.store.set_aside(newer_than=saved.step)
+        self.record.cut_back(facts.get("metrics_bytes", 0))
+        self.batches.position = self.updates = self.skipped_in_a_row = 0
+        self.evaluated, self.has_evaluated, self.step_seconds = None, False, []
+        self._build()
+        if saved is not None:
+            restore_job(self, saved, facts)
 
     def split_after(self, step: int, error: BaseException, microbatches: Sequence[Batch]) -> None:
         """Memory ran out in a step: cut its microbatches in half, once. OutOfBudget otherwise."""
         self.optimizer.zero_grad(set_to_none=True)
         release(self.world.device)
         held = held_by_category(self.model, self.optimizer)
-        was_split, message = self.split > 1, str(error).splitlines()[0]
+        was_split, message = self.split > 1, said(error)
         # In a group the others are waiting inside the step, and cannot be told.
         if was_split or self.world.size > 1 or not can_be_split(microbatches, 2):
             raise gave_up(f"step {step}", held, message, was_split=was_split)
@@ -395,7 +347,7 @@ class Job:
     def log(self, step: int, lr: float, updated: Updated, measured: Measured) -> None:
         """One line of metrics for a step that was made."""
         self.updates = step
-        self._skipped_in_a_row = 0
+        self.skipped_in_a_row = 0
         if (history := self.budget.take_history()) is not None:
             predicted = self.plan.history if self.plan else None
             self.record.text("memory.json", memory_json(history, predicted))
@@ -413,92 +365,3 @@ class Job:
             peak_bytes=measured.peak_bytes,
             by_category=measured.by_category,
         )
-
-    def evaluate(self) -> HeldOut:
-        """Held-out loss, and a sample when the config wants one; inside the budget.
-
-        Where memory runs out, with half as many rows at once, down to one.
-        """
-        while True:
-            try:
-                return self._evaluate()
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or self.world.size > 1:
-                    raise
-                message = str(error).splitlines()[0]
-            release(self.world.device)
-            where = f"evaluation after step {self.updates}"
-            held = held_by_category(self.model, self.optimizer)
-            if self.data.held_out.batch == 1:
-                raise gave_up(where, held, message, was_split=True)
-            self.data.held_out.batch //= 2
-            self.record.line("out of memory", step=self.updates, message=message, held=held)
-
-    def _evaluate(self) -> HeldOut:
-        where = f"evaluation after step {self.updates}"
-        with self.budget.watch(
-            where, self.model, self.optimizer, tracked=self.updates == 0
-        ) as measured:
-            with precision(self.config, self.world.device):
-                result = self.data.held_out.score(self.model)
-            sample = self._sample() if self.world.is_first else None
-        self.record.line(
-            "evaluation", step=self.updates, **result.to_json(), seconds=measured.seconds
-        )
-        if sample is not None:
-            self.record.line("sample", step=self.updates, **sample)
-        self._evaluated = (self.updates, result)
-        return result
-
-    def _sample(self) -> dict[str, str] | None:
-        count = self.config.evaluate.sample_tokens
-        if not count:
-            return None
-        tokenizer = self.data.tokenizer
-        prompt = self.data.prompt.to(self.world.device)
-        new = continuation(
-            self.model,
-            prompt,
-            num_tokens=count,
-            seed=self.config.run.seed,
-            end=tokenizer.eos_token_id,
-        )
-        return {"prompt": tokenizer.decode(prompt[0]), "text": tokenizer.decode(new[0])}
-
-    # ---- the end ---------------------------------------------------------------------------
-
-    def finish(self, status: str) -> Run:
-        """A last checkpoint, a last evaluation (unless interrupted), the model, the receipt."""
-        self.save_checkpoint(is_last=True)
-        if status == "finished":
-            step, result = self._evaluated or (-1, None)
-            self.quality["after"] = result if step == self.updates else self.evaluate()
-        receipt = self._save(status)
-        return Run(self.record.directory, self.model, self.data.tokenizer, receipt)
-
-    def stop(self, error: ShoestringError) -> None:
-        """Save what the updates before an error have made, with the error in the receipt."""
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.updates:
-            self.save_checkpoint(is_last=True)
-            self._save("over budget" if isinstance(error, OutOfBudget) else "diverged", str(error))
-
-    def _save(self, status: str, error: str | None = None) -> dict[str, Any]:
-        if self.plan is not None:
-            self.plan.restore(self.model)
-        receipt = receipt_of(self, status, error)
-        if self.world.is_first:
-            directory = self.record.directory / "model"
-            save_model(self.model, self.data.tokenizer, directory, card=model_card(receipt))
-            self.record.file("receipt.json", receipt)
-            self._write_report()
-            self.record.tell("saved", directory=str(directory))
-        self.world.barrier()
-        return receipt
-
-    def _write_report(self) -> None:
-        """The page of the run; a run is not lost because its picture cannot be drawn."""
-        try:
-            write_report([self.record.directory])
-        except Exception as error:  # whatever it is, the run was made
-            self.record.tell("report failed", message=str(error))

@@ -12,10 +12,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..checkpoint import MANIFEST, newest_complete, verify
+from ..checkpoint.manifest import sha256
 from ..data import load_tokenizer
+from ..data.cache import entry_name
 from ..errors import CheckpointError, ConfigError
 from ..methods.reversible import reversible
-from ..models.gguf import is_gguf, load_gguf
+from ..models.gguf import gguf_config, is_gguf, load_gguf
 from ..models.gpt import GPT, GPTConfig
 from .save import no_progress_bar
 
@@ -108,20 +110,42 @@ def load_model(name: str | Path, *, from_scratch: bool = False) -> PreTrainedMod
     if is_gguf(name):
         with no_progress_bar():
             return load_gguf(name, from_scratch=from_scratch)
-    try:
-        # Without the flag transformers asks on the terminal whether to run a model's own code.
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no model can be had from {str(name)!r}: {str(error).splitlines()[0]}",
-            expected="a model directory, or a model's name on the hub that can be reached",
-        ) from error
+    config = load_config(name)
     if not from_scratch:
         _refuse_pickles(Path(name))  # of a local one; a name on the hub is no directory here
         weights = getattr(config, "transformers_weights", None)
         if weights is not None and not str(weights).endswith(".safetensors"):
             raise _pickled(Path(name) / str(weights))  # a config may name its own file
     return _build(config, name, from_scratch=from_scratch)
+
+
+def load_config(name: str | Path) -> Any:
+    """The config of a model directory, a .gguf file or a hub name; ConfigError when it cannot be
+    had."""
+    if is_gguf(name):
+        return gguf_config(name)
+    try:
+        # Without the flag transformers asks on the terminal whether to run a model's own code.
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no model can be had from {str(name)!r}: {str(error).splitlines()[0]}",
+            expected="a model directory, or a model's name on the hub that can be reached",
+        ) from error
+
+
+def weights_digest(name: str | Path, config: Any) -> str:
+    """Hash of the weight files of a model directory, or of a .gguf file; "none" without any.
+
+    Also "none" for a hub name, whose files need not be here yet, and whose latest commit need not
+    have touched them.
+    """
+    directory = Path(name).expanduser()
+    if directory.is_file():
+        return entry_name(sha256(directory))
+    whole = directory / (getattr(config, "transformers_weights", None) or _WEIGHTS)
+    files = [whole] if whole.is_file() else sorted(directory.glob("model-*.safetensors"))
+    return entry_name(*map(sha256, files)) if files else "none"
 
 
 def _build(config: Any, name: str | Path, *, from_scratch: bool) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """The training loop: plan, exercise, then update after update until done, stopped or unsound.
 
 What a run needs is made in `prepare` and `planning`, what one update does is in `step`, what
-stops it is in `guard`, what it leaves behind is written by `record` and `save`.
+stops it is in `guard`, what it leaves behind is written by `record` and `ending`.
 
 Evaluation and saving are tried once before the first update, so that what fails there costs
 nothing. A run that ends early, by Ctrl-C or by a guard, leaves a checkpoint and the model as it is
@@ -24,12 +24,15 @@ from ..errors import (
 from .checkpoints import config_of
 from .config import RunConfig
 from .distributed import world as joined
+from .ending import Run, finish, interrupted, stop
 from .guard import Measured
 from .interruption import Interruption
-from .job import Job, Mark, Run
+from .job import Job, Mark
 from .optimizer import set_learning_rate
 from .out_of_memory import HalfUpdateError, is_out_of_memory
+from .quality import measure_quality
 from .record import Progress
+from .resuming import begin_again, save_checkpoint
 from .schedule import learning_rate
 from .step import update
 
@@ -48,6 +51,8 @@ def train(config: RunConfig, *, progress: Progress | None = None) -> Run:
     the update), StreamOverflow and ReplayMismatch (a reversible stack): these leave the model as
     it was after the last update, once there was one, and a checkpoint to go on from. ConfigError
     (also for a directory that holds a run already), DataError, StackError, CheckpointError.
+    KeyboardInterrupt, which says how to go on, for SIGINT or SIGTERM before the first update and
+    for a second one.
     """
     return _train(config, progress, resume=False)
 
@@ -81,40 +86,50 @@ def resume(
 def _train(config: RunConfig, progress: Progress | None, *, resume: bool) -> Run:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    with (
-        joined(config.run.device) as world,
-        Job(config, world, progress, resume=resume) as job,
-        Interruption() as interruption,
-    ):
-        if not job.was_resumed:
-            job.exercise()
-        job.begin()
-        every = config.evaluate.every
-        all_know = world.size == 1
+    with Interruption() as interruption, joined(config.run.device) as world:
+        job = Job(config, world, progress, resume=resume)
         try:
-            if job.was_resumed and every and job.updates % every == 0 and not job.has_evaluated:
-                job.evaluate()  # it came after the checkpoint
-            votes = _vote(job, interruption)
-            while job.updates < config.run.steps and not votes.to_end:
-                failure = _step(job, job.updates + 1)
-                votes = _vote(job, interruption, failure)
-                if votes.failed:
-                    all_know = True
-                    raise failure or _elsewhere(job)
-                # Saved first: an evaluation that fails then costs nothing.
-                if votes.to_save:
-                    job.save_checkpoint()
-                if every and job.updates % every == 0:
-                    job.evaluate()
-        except HalfUpdateError:
-            raise  # what it left is no state to save
-        except STOPPING as error:
-            if (
-                all_know
-            ):  # else the others wait in the middle of something, and hear of it by this end
-                job.stop(error)
-            raise
-        return job.finish("interrupted" if votes.interrupted else "finished")
+            with job:
+                while True:
+                    try:
+                        return _run(job, interruption)
+                    except HalfUpdateError as error:
+                        failure = error.with_traceback(None)  # its frames hold the old weights
+                    begin_again(job, failure)
+        except KeyboardInterrupt as error:
+            raise interrupted(job) from error
+
+
+def _run(job: Job, interruption: Interruption) -> Run:
+    config = job.config
+    if not job.was_resumed:
+        job.exercise()
+    interruption.waits = True
+    job.begin()
+    every = config.evaluate.every
+    all_know = job.world.size == 1
+    try:
+        if job.was_resumed and every and job.updates % every == 0 and not job.has_evaluated:
+            measure_quality(job)  # it came after the checkpoint
+        votes = _vote(job, interruption)
+        while job.updates < config.run.steps and not votes.to_end:
+            failure = _step(job, job.updates + 1)
+            votes = _vote(job, interruption, failure)
+            if votes.failed:
+                all_know = True
+                raise failure or _elsewhere(job)
+            # Saved first: an evaluation that fails then costs nothing.
+            if votes.to_save:
+                save_checkpoint(job)
+            if every and job.updates % every == 0:
+                measure_quality(job)
+    except STOPPING as error:
+        if all_know:  # else the others wait in the middle of something, and hear of it by this end
+            stop(job, error)
+        raise
+    if votes.interrupted and not job.updates:
+        raise KeyboardInterrupt  # there is nothing to save
+    return finish(job, "interrupted" if votes.interrupted else "finished")
 
 
 def _step(job: Job, step: int) -> ShoestringError | None:
@@ -155,8 +170,6 @@ def _update(job: Job, step: int, mark: Mark) -> ShoestringError | None:
                 )
         except TrainingDiverged as error:
             return job.skip(step, error)
-        except HalfUpdateError:
-            raise
         except OutOfBudget as error:
             assert updated is not None  # it is held against the budget once it was made
             job.log(step, lr, updated, measured)

@@ -20,8 +20,15 @@ from ..units import format_bytes
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
-class HalfUpdateError(OutOfBudget):
-    """Memory ran out within the optimizer's step: some weights are new, some are not."""
+class HalfUpdateError(Exception):
+    """Memory ran out within the optimizer's step: some weights are new, some are not.
+
+    Never seen outside: the run goes back to its last checkpoint. message: what the allocator said.
+    """
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+        super().__init__(message)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -31,6 +38,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in _WORDS)
+
+
+def said(error: BaseException) -> str:
+    """What an allocator said, in one line; Python's own says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def release(device: torch.device) -> None:

@@ -31,7 +31,7 @@ from ..objectives import next_token
 from .config import ModelConfig, RunConfig
 from .distributed import World
 from .evaluate import HeldOutRows
-from .load import load_model
+from .load import load_config, load_model, weights_digest
 from .step import LossFunction
 
 
@@ -105,6 +105,20 @@ class Builder:
         # Made on the CPU, so that a seed gives the same weights for every device.
         from_scratch = self._config.from_scratch or not with_weights
         return self._build(from_scratch=from_scratch).to(self._device).train()
+
+    def shape(self) -> dict[str, Any]:
+        """Every field of the model's config that decides what it computes."""
+        return dict(self._shape().to_dict())
+
+    def weights_digest(self) -> str:
+        """Of the weights that training starts from, "none" for random ones."""
+        if self._config.from_scratch or not self._config.name:
+            return "none"
+        return weights_digest(_local(self._config.name), self._shape())
+
+    def _shape(self) -> Any:
+        named = self._config.name
+        return load_config(_local(named)) if named else self._own_shape()
 
     def _build(self, *, from_scratch: bool) -> nn.Module:
         if not self._config.name:

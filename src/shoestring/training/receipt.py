@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..data.tokenizer import tokenizer_digest
+from .distributed import World
 
 if TYPE_CHECKING:
     from .job import Job
@@ -73,7 +74,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in _LIBRARIES},
+            **{name: library_version(name) for name in _LIBRARIES},
         },
         "hardware": {
             "device": _device_name(device),
@@ -82,6 +83,18 @@ def environment(device: torch.device) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "allocator": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ALLOCATOR)},
         },
+    }
+
+
+def machine(world: World) -> dict[str, Any]:
+    """What the last bits of a sum depend on, besides what the run's settings say."""
+    found = environment(world.device)
+    return {
+        "device": found["hardware"]["device"],
+        "threads": found["hardware"]["threads"],
+        "processes": world.size,
+        "torch": found["versions"]["torch"],
+        "transformers": found["versions"]["transformers"],
     }
 
 
@@ -104,7 +117,8 @@ def error_of(promised: float | None, measured: float | None) -> float | None:
     return None if promised is None or not measured else (promised - measured) / measured
 
 
-def _version(name: str) -> str | None:
+def library_version(name: str) -> str | None:
+    """The version that is installed; None without one."""
     try:
         return version(name)
     except PackageNotFoundError:

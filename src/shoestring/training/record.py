@@ -85,6 +85,12 @@ class Record:
             except OSError as error:
                 raise unwritable(self.directory / "metrics.jsonl", error) from error
 
+    def cut_back(self, num_bytes: int) -> None:
+        """Take back the lines of metrics.jsonl after so many bytes: those steps are made again."""
+        if self._metrics is not None:
+            self._metrics.truncate(num_bytes)
+            self._metrics.seek(0, 2)
+
     def tell(self, event: str, **facts: Any) -> None:
         """Give an event to the progress function only."""
         if self._progress is not None:
@@ -108,10 +114,6 @@ class Record:
         """One text file of the directory, replaced whole."""
         if self._writes:
             write_text(self.directory / name, content)
-
-    def file(self, name: str, content: Any) -> None:
-        """One JSON file of the directory, replaced whole."""
-        self.text(name, json.dumps(content, indent=1) + "\n")
 
     def close(self) -> None:
         """Close metrics.jsonl and the trackers."""

@@ -1,10 +1,11 @@
-"""The trained model as a Hugging Face directory: weights, tokenizer, model card, checksums.
+"""The trained model as a Hugging Face directory: weights, tokenizer, card, receipt, checksums.
 
 Written whole or not at all (`checkpoint.atomic_directory`). Weights are safetensors, never
 pickled; whoever has transformers can load a model of an ordinary architecture from it.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from ..errors import CheckpointError, StackError
 from ..units import format_bytes
 
 
-def save_model(model: Any, tokenizer: Any, directory: Path, *, card: str) -> None:
+def save_model(model: Any, tokenizer: Any, directory: Path, receipt: Mapping[str, Any]) -> None:
     """Write `directory`, replacing what is there in one step. CheckpointError when it cannot be.
 
-    model: has `save_pretrained`; tokenizer: likewise, or None; card: text of the README.md.
+    model: has `save_pretrained`; tokenizer: likewise, or None; receipt: of the run, which goes in
+    as receipt.json and as the model card.
     """
     if not hasattr(model, "save_pretrained"):
         raise StackError(
@@ -37,7 +39,13 @@ def save_model(model: Any, tokenizer: Any, directory: Path, *, card: str) -> Non
             ) from error
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(receipt), encoding="utf-8")
+        (temporary / "receipt.json").write_text(receipt_text(receipt), encoding="utf-8")
+
+
+def receipt_text(receipt: Mapping[str, Any]) -> str:
+    """A receipt as it stands in a file."""
+    return json.dumps(receipt, indent=1) + "\n"
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..optim import put_state
 from .distributed import World
+from .out_of_memory import is_out_of_memory
 
 MODEL, OPTIMIZER, RANDOM = "model.safetensors", "optimizer.safetensors", "random.safetensors"
 STATE = "state.json"
@@ -82,7 +83,7 @@ def restore(
             info.update(facts["model_info"])  # in place: the stack's runners hold it
         _restore_random(saved, world, facts["random"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, CheckpointError) or is_out_of_memory(error):
             raise
         raise CheckpointError(
             f"{saved.path} does not fit this run: {error}",

@@ -18,7 +18,7 @@ from ..objectives.next_token import Batch, num_targets, shares
 from .distributed import World
 from .guard import FiniteGuard
 from .optimizer import clip_, gradient_norm
-from .out_of_memory import HalfUpdateError, is_out_of_memory, pieces
+from .out_of_memory import HalfUpdateError, is_out_of_memory, pieces, said
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
@@ -68,18 +68,15 @@ def update(
     _all_finite(step, means, norm, world)
     guard.check(step, means, norm)
     clip_(parameters, norm, clip)
+    half_made = None
     try:
         optimizer.step()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise HalfUpdateError(
-            f"step {step}: memory ran out in the optimizer's step ({str(error).splitlines()[0]})",
-            expected="as much free memory as the budget allows",
-            hint="The weights are half updated and were not saved; resume goes on from the last "
-            "checkpoint.",
-            instant="optimizer step",
-        ) from error
+        half_made = HalfUpdateError(said(error))
+    if half_made is not None:
+        raise half_made  # out here, so that it does not hold what the other one's frames hold
     optimizer.zero_grad(set_to_none=True)
     nats = sum(mean * count for mean, count in zip(means, counts, strict=True))
     return Updated(world.sum([nats])[0] / total, norm, total)
