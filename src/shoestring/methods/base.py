@@ -44,6 +44,9 @@ class Promises:
     """Whether plans may use it whatever they are allowed: what all others are held against."""
     frees_gradients: bool = False
     """For optimizer methods: whether a gradient is used and freed within backward."""
+    maps_files: bool = False
+    """Whether tensors live in mapped files: the process's resident memory then counts pages that
+    the system may take back."""
     changes_weights: bool = False
     """Whether `apply` gives the weights another dtype: blocks then cost something else."""
 
@@ -93,6 +96,11 @@ class Method:
         raise ConfigError(
             f"method {self.name!r} runs spans of blocks", hint="Use Stack.apply with a Span."
         )
+
+    def build(self, build: Callable[[], nn.Module], config: Any) -> nn.Module:
+        """The model that `build` makes, for `apply`; weights methods may put it elsewhere while it
+        is made."""
+        return build()
 
     def optimizer(
         self, model: nn.Module, parameters: list[nn.Parameter], make: MakeOptimizer, config: Any

@@ -155,7 +155,11 @@ class OffloadOptimizer(Method):
 
     name = "offload_optimizer"
     promises = Promises(
-        fidelity="exact", grade="bitwise", applies_to="optimizer", saved_grows_with=frozenset()
+        fidelity="exact",
+        grade="bitwise",
+        applies_to="optimizer",
+        saved_grows_with=frozenset(),
+        maps_files=True,
     )
     Config = OffloadOptimizerConfig
 

@@ -151,8 +151,13 @@ class StreamWeights(Method):
         grade="bitwise",
         applies_to="weights",
         saved_grows_with=frozenset({"depth"}),  # copies of the weights of blocks that are kept
+        maps_files=True,
     )
     Config = StreamWeightsConfig
+
+    def build(self, build: Callable[[], nn.Module], config: StreamWeightsConfig) -> nn.Module:
+        """See `build_outside`."""
+        return build_outside(build, directory=config.directory or None)
 
     def apply(self, model: nn.Module, config: StreamWeightsConfig) -> Undo:
         """Move the weights of the blocks into a file, and have them fetched; in place.

@@ -9,6 +9,7 @@ The promise, `peak_bytes`, is the peak of whole simulated steps with the plan in
 counts live tensors on the device: weights, gradients, optimizer states, batch, activations.
 """
 
+import functools
 import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigError, DataError, StackError
 from ..meter import Meter
-from ..methods import MakeOptimizer
+from ..methods import MakeOptimizer, method
 from ..objectives.next_token import num_targets
 from ..rows import cut, rows_of
 from ..stack import Span
@@ -117,6 +118,21 @@ class Plan:
                 expected="the model the plan was made for",
             )
         self._applied[model] = weakref.ref(put(model, self.patches, self.spans))
+
+    def build(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """The model that `build()` makes or loads, for `apply`: where the plan keeps weights
+        outside memory they go there as they are made, so that they never are in memory all at
+        once."""
+        for way in self.patches:
+            if way.applies_to == "weights":
+                how, inner = method(way.method), build
+                build = functools.partial(how.build, inner, how.configure(way.config))
+        return build()
+
+    @property
+    def maps_files(self) -> bool:
+        """Whether tensors live in mapped files; see `Promises.maps_files`."""
+        return any(way.promises.maps_files for way in self.patches)
 
     def optimizer(self, model: nn.Module, make: MakeOptimizer | None = None) -> Optimizer:
         """The optimizer of a model the plan was applied to, as the plan has it.

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import nn
 
 from ..allocator import is_tuned
 from ..checkpoint import Checkpoint, Lock, verify
@@ -211,7 +212,12 @@ class Job:
             self.limit_bytes = self.limit_bytes or self.plan.budget_bytes
             self._check_still_fits(self.plan)
         self.data.held_out.batch = rows_that_fit(
-            self._builder.sketch, batch, self.plan, loss=self.loss, limit=self.limit_bytes
+            self._builder.sketch,
+            batch,
+            self.plan,
+            loss=self.loss,
+            optimizer=self._make_optimizer,
+            limit=self.limit_bytes,
         )
         self.record.tell("plan", plan=self.plan, limit_bytes=self.limit_bytes)
 
@@ -230,11 +236,18 @@ class Job:
     def _build(self) -> None:
         seed = self.config.run.seed
         torch.manual_seed(seed)
+
         # Weights that a checkpoint brings need not be read from anywhere else.
-        self.model = self._builder.real(with_weights=self.saved is None)
-        if self.plan is not None:
+        def build() -> nn.Module:
+            return self._builder.real(with_weights=self.saved is None)
+
+        if self.plan is None:
+            self.model = build()
+            self.optimizer = self._make_optimizer(list(self.model.parameters()))
+        else:
+            self.model = self.plan.build(build)
             self.plan.apply(self.model)
-        self.optimizer = self._make_optimizer(self.model.parameters())
+            self.optimizer = self.plan.optimizer(self.model, self._make_optimizer)
         self.finite = FiniteGuard(self.model)
         self.wrapped = self.world.wrap(self.model)
         # Equal weights everywhere, but every process drops out on its own.
@@ -242,12 +255,13 @@ class Job:
         self.record.tell("model", **describe_model(self.model))
 
     def _guard(self) -> None:
+        maps_files = self.plan is not None and self.plan.maps_files
         self.budget = BudgetGuard(
             self.world.device,
             limit_bytes=self.limit_bytes if self.config.plan.guard else None,
             promised_bytes=self.plan.peak_bytes if self.plan else None,
             base_bytes=self._process_bytes(),
-            slack=CPU_MARGIN_TUNED if is_tuned() else None,
+            slack=CPU_MARGIN_TUNED if is_tuned() and not maps_files else None,
         )
 
     def _process_bytes(self) -> int | None:

@@ -51,7 +51,8 @@ def make_plan(
             _with_waiting(batch, config, build),
             budget=_budget(config, world),
             optimizer=optimizer,
-            allow=_methods(config),
+            allow=_methods(config, world),
+            hands_over=() if world.size > 1 else HANDED_OVER,
             loss=_as_in_update(loss),
             # DDP keeps gradients in its buckets from step to step; a second microbatch finds
             # those of the first, which is the same to the planner.
@@ -107,7 +108,13 @@ def _as_in_update(loss: LossFunction) -> LossFunction:
 
 
 def rows_that_fit(
-    build: Build, batch: Batch, chosen: Plan | None, *, loss: LossFunction, limit: int | None
+    build: Build,
+    batch: Batch,
+    chosen: Plan | None,
+    *,
+    loss: LossFunction,
+    optimizer: OptimizerFactory,
+    limit: int | None,
 ) -> int:
     """How many rows of `batch` an evaluation can score at once within `limit` bytes.
 
@@ -119,7 +126,7 @@ def rows_that_fit(
     peak = 0
     while rows:
         part = {name: tensor[:rows] for name, tensor in batch.items()}
-        peak = evaluation_bytes(build, part, chosen, loss=loss)
+        peak = evaluation_bytes(build, part, chosen, loss=loss, optimizer=optimizer)
         if peak <= limit:
             return rows
         rows //= 2
@@ -132,20 +139,32 @@ def rows_that_fit(
     )
 
 
-def evaluation_bytes(build: Build, batch: Batch, chosen: Plan | None, *, loss: LossFunction) -> int:
-    """Predicted peak of scoring `batch`: a forward of a fake twin, and AdamW's two states."""
+def evaluation_bytes(
+    build: Build,
+    batch: Batch,
+    chosen: Plan | None,
+    *,
+    loss: LossFunction,
+    optimizer: OptimizerFactory,
+) -> int:
+    """Predicted peak of scoring `batch`: a forward of a fake twin, and the optimizer's states."""
     mode = QuickFakeMode()
     twin = fake_model(build, mode)
     fake = fake_batch(batch, mode)
     with mode:
-        if chosen is not None:
+        if chosen is None:
+            made = optimizer(list(twin.parameters()))
+        else:
             chosen.apply(twin)
+            made = chosen.optimizer(twin, optimizer)
+        for parameter in twin.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        made.step()  # makes the states
+        made.zero_grad(set_to_none=True)
         twin.eval()
-        trained = [p for p in twin.parameters() if p.requires_grad]
-        states = [torch.empty_like(p) for p in trained for _ in range(2)]
         tracker = Tracker()
-        tracker.seed(twin)
-        tracker.assign("optimizer", states)
+        tracker.seed(twin, made)
         tracker.assign("other", fake.values())
         with tracker, torch.no_grad():
             loss(twin, fake)
@@ -159,13 +178,23 @@ def _budget(config: RunConfig, world: World) -> int | str:
     return "auto" if sharers == 1 else automatic(0, world.device) // sharers
 
 
-def _methods(config: RunConfig) -> str | list[str]:
-    """What the planner may use: run.allow, narrowed by plan.only and plan.never."""
+HANDED_OVER = ("optimizer",)
+"""What the loop leaves to the plan. The batch is not: optim.accumulate says how it is cut."""
+
+
+def _methods(config: RunConfig, world: World) -> str | list[str]:
+    """What the planner may use: run.allow, narrowed by plan.only and plan.never. In a group of
+    processes weights stay where everybody has them."""
     only, never = config.plan.only, config.plan.never
-    if not only and not never:
+    if not only and not never and world.size == 1:
         return config.run.allow
     allowed([*only, *never])  # names nobody knows are an error
-    names = [method.name for method in allowed(config.run.allow)]
+    over = HANDED_OVER if world.size == 1 else ()
+    names = [
+        method.name
+        for method in allowed(config.run.allow, hands_over=over)
+        if world.size == 1 or method.promises.applies_to != "weights"
+    ]
     for name in only:
         if name not in names:
             raise ConfigError(
