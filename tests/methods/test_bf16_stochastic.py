@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from benchmarks.planner.models import llama
 from torch import nn
 
 from methods.optimizers import adamw, batch, gpt, put, train
 from shoestring.errors import StackError
 from shoestring.methods import method
+from shoestring.methods.reversible import reversible
 from shoestring.optim import ChunkedAdamW
 
 BF16 = [("bf16_stochastic", {})]
@@ -91,3 +93,10 @@ def test_seeds_give_other_roundings_of_the_same_run() -> None:
         model = gpt()
         ends.append(train(model, put(model, [("bf16_stochastic", {"seed": seed})]), 5)[-1])
     assert ends[0] == ends[1] != ends[2]
+
+
+def test_a_reversible_model_is_not_cast() -> None:
+    model = reversible(llama(depth=2, width=16, vocabulary=16))
+    with pytest.raises(StackError, match="it is reversible"):
+        method("bf16_stochastic").apply(model, method("bf16_stochastic").configure())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}

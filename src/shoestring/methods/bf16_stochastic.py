@@ -23,6 +23,7 @@ from torch import nn
 
 from ..errors import ConfigError, StackError
 from ..optim import ChunkedAdamW
+from ..stack import Stack
 from .base import MakeOptimizer, Method, Promises, Undo
 
 
@@ -69,6 +70,7 @@ class Bf16Stochastic(Method):
                 f"{type(model).__name__} has gradients in float32",
                 expected="a model between two steps, after zero_grad()",
             )
+        _refuse_streams(model)
         for parameter in cast:
             parameter.data = parameter.data.to(torch.bfloat16)
 
@@ -88,3 +90,18 @@ class Bf16Stochastic(Method):
     ) -> ChunkedAdamW:
         """AdamW with the settings of the one that `make` makes. ConfigError for any other kind."""
         return ChunkedAdamW.like(make(parameters), stochastic_weights=True, seed=config.seed)
+
+
+def _refuse_streams(model: nn.Module) -> None:
+    """What its branches are given has the dtype that it was made reversible in."""
+    try:
+        executors = Stack.of(model).executors
+    except StackError:
+        return  # nothing there to be run by reversal
+    if any(e is not None and e.always for e in executors):
+        raise StackError(
+            f"bf16_stochastic cannot cast {type(model).__name__}: it is reversible, and its "
+            "streams give its branches float32",
+            expected="a model that runs as its modules say",
+            hint="Cast it to bfloat16 first, make it reversible then, and leave out apply.",
+        )
