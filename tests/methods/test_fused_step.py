@@ -192,6 +192,17 @@ def test_a_checkpoint_that_runs_a_backward_of_its_own_is_refused() -> None:
     assert stepping is not None
 
 
+@pytest.mark.parametrize("name", ["adamw fused", "adamw foreach", "adamw loop", "sgd fused"])
+def test_a_use_that_backward_does_not_wait_for_is_noticed(name: str) -> None:
+    model = nn.Linear(4, 4, bias=False)
+    stepping = put(model, FUSED, OPTIMIZERS[name])
+    x = torch.randn(2, 4, requires_grad=True)
+    y = model(x @ model.weight.detach())  # the first product's backward comes after the step
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    assert stepping is not None
+
+
 def test_leaving_out_a_step_after_its_backward_is_refused() -> None:
     model = gpt()
     stepping = put(model, FUSED)

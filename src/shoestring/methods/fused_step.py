@@ -154,6 +154,9 @@ class SteppedInBackward(Around):
         if self._config.clip == "parameter":
             nn.utils.clip_grad_norm_([parameter], self._config.max_norm, foreach=False)
         step_one(self.inner, group, parameter)
+        # Fused kernels change weights behind autograd's back. What of this backward still needs
+        # the old ones must fail, not use the new ones.
+        torch.autograd.graph.increment_version(parameter)
         parameter.grad = None
 
 
