@@ -30,6 +30,7 @@ from shoestring.meter.operators import tensors_in
 from shoestring.meter.outside import is_outside
 from shoestring.methods import METHODS
 from shoestring.models.gpt import GPT, GPTConfig
+from shoestring.planner import simulate
 from shoestring.training.receipt import environment
 
 HERE = Path(__file__).parent
@@ -222,8 +223,6 @@ def overhead(rounds: int, count: int = 300) -> dict[str, Any]:
 
 def plannable(make: Callable[[nn.Module], Optimizer]) -> str:
     """Whether a step of it can be simulated on fake tensors, or why not."""
-    from shoestring.planner import simulate
-
     model = network(0, 1)
     try:
         simulate(model, batch(0, 8), optimizer=lambda ps: make(nn.ParameterList(ps)))
