@@ -81,8 +81,9 @@ class MappedFile:
             with in_kernel_invocation_manager(mode):
                 empty = torch.empty(count, dtype=dtype, device="meta")
             return FakeTensor(mode, empty, torch.device("cpu"))
-        if self._map is None or count == 0:
-            return torch.zeros(count, dtype=dtype)
+        if count == 0:
+            return torch.zeros(0, dtype=dtype)
+        assert self._map is not None, "a file that was made under fake tensors"
         # The storage holds the mapping, so that it lives as long as its last tensor.
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
 

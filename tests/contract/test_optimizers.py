@@ -19,10 +19,12 @@ from contract.subjects import (
     is_exact,
     is_of_the_optimizer,
     optimizer,
+    put,
     train,
 )
 from contract.test_promises import same_weights, text_batches
 from shoestring.errors import ConfigError
+from shoestring.methods import METHODS
 
 STEPS = 30
 LOSS_BOUND = 0.01  # nats, of the mean of the last ten of STEPS and of three seeds
@@ -159,6 +161,20 @@ def test_frozen_unused_and_tied_parameters_are_treated_as_before(subject: Subjec
     assert len(list(ours.parameters())) == len(list(plain.parameters()))
     if is_exact(subject):
         assert same_weights(plain, ours)
+
+
+@every(lambda s: not is_of_the_optimizer(s))
+@pytest.mark.parametrize("outer", [m for m in METHODS.values() if m.promises.frees_gradients])
+def test_steps_within_backward_change_nothing_under_any_method(
+    subject: Subject, outer: Any
+) -> None:
+    """Blocks that are run again in backward must find the weights that forward used."""
+    plain, ours = subject.applied(dropout=0.1), subject.applied(dropout=0.1)
+    expected, _ = train(plain, 4, lambda step: batch())
+    put(outer, ours, {})
+    losses, _ = train(ours, 4, lambda step: batch())
+    assert losses == expected
+    assert same_weights(plain, ours)
 
 
 @every(is_of_the_optimizer, is_default)

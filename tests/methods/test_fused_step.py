@@ -183,11 +183,21 @@ def test_a_second_backward_before_the_step_is_refused_before_it_steps() -> None:
 
 
 def test_a_checkpoint_that_runs_a_backward_of_its_own_is_refused() -> None:
-    model = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     stepping = put(model, FUSED)
-    x = torch.randn(2, 4, requires_grad=True)
-    y = checkpoint(model, model(x), use_reentrant=True)
+    y = checkpoint(model[1], model[0](torch.randn(2, 4)), use_reentrant=True)
     with pytest.raises(StackError, match="use_reentrant=True"):
+        y.sum().backward()
+    assert stepping is not None
+
+
+@pytest.mark.parametrize("name", ["adamw fused", "adamw foreach", "adamw loop", "sgd fused"])
+def test_a_use_that_backward_does_not_wait_for_is_noticed(name: str) -> None:
+    model = nn.Linear(4, 4, bias=False)
+    stepping = put(model, FUSED, OPTIMIZERS[name])
+    x = torch.randn(2, 4, requires_grad=True)
+    y = model(x @ model.weight.detach())  # the first product's backward comes after the step
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
     assert stepping is not None
 

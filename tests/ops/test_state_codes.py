@@ -63,6 +63,13 @@ def test_entries_are_kept_exactly_and_everything_is_near(form: Format) -> None:
             assert torch.equal(coder.decode(codes, scale, len(x)), x)
 
 
+def test_no_two_edges_agree_in_the_upper_half_of_their_bits(form: Format) -> None:
+    for stochastic in (False, True):
+        edges = Coder(form, CPU, stochastic=stochastic)._edges
+        upper = edges.view(torch.int32) >> 16
+        assert len(upper.unique()) == len(upper)
+
+
 def test_a_block_of_zeros_stays_zero(form: Format) -> None:
     coder = Coder(form, CPU, stochastic=True)
     codes, scale = coder.encode(torch.zeros(300), torch.rand(300))

@@ -8,8 +8,8 @@ of the float32 value and clears the low 16.
 Memory: 2 bytes a parameter for the weight and 2 for its gradient, instead of 4 and 4 (or of 2, 4
 and 2 to 4 with a float32 copy). Moments are float32 (8 bytes) unless another method keeps them in
 fewer bits. The step holds 2.4 MB at most, whatever the size of a parameter.
-Time: one random number a weight and step, 3 to 5 ns on one core; bfloat16 arithmetic in the
-network, which is slower than float32 on CPUs without instructions for it.
+Time: one random number a weight and step; bfloat16 arithmetic in the network, which is slower than
+float32 on CPUs without instructions for it.
 Exactness: given the moments, a weight's update is its float32 update in expectation. The network
 is computed in bfloat16: another precision, not another function.
 Limits: Adam and AdamW. Undoing gives float32 weights with what bfloat16 held.

@@ -80,8 +80,8 @@ class Coder:
         self.book = torch.tensor(form.entries(), dtype=torch.float32, device=device)
         # A value's code is the number of edges below it; by chance, of entries not above it.
         edges = self.book[1:-1] if stochastic else (self.book[1:] + self.book[:-1]) / 2
-        # To search takes 30 ns a value. The upper half of a float's bits says it but for one
-        # edge, as no two edges agree in them.
+        # A search takes several times as long. The upper half of a float's bits says it but for
+        # one edge, as no two edges agree in them.
         bits = torch.arange(1 << 16, dtype=torch.int32, device=device) << 16
         lowest = torch.where(bits < 0, bits | 0xFFFF, bits).view(torch.float32)
         self._table = torch.bucketize(lowest, edges, right=stochastic).to(torch.uint8)

@@ -118,7 +118,7 @@ def _kind(made: Optimizer) -> Any:
         names.append(type(inner))
         inner = inner.inner
     settings = [
-        (k, v)
+        (k, repr(v))
         for group in made.param_groups
         for k, v in sorted(group.items())
         if k != "lr" and isinstance(v, bool | int | float | str | tuple | None)
