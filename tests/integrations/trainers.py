@@ -1,5 +1,6 @@
-"""A small model, data of changing lengths, and a Trainer that writes down the loss of every batch."""
+"""A small model, data of changing lengths, and a Trainer that writes down every loss."""
 
+import functools
 from typing import Any
 
 import torch
@@ -11,40 +12,42 @@ VOCABULARY = 256
 LONGEST = 48
 
 
-def model(depth: int = 4, **changes: Any) -> LlamaForCausalLM:
+def model(depth: int = 4, *, vocabulary: int = VOCABULARY, **changes: Any) -> LlamaForCausalLM:
     """A Llama with dropout, so that equal losses are equal random numbers, too."""
     torch.manual_seed(1)
     shape = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4}
     settings = {**shape, "num_key_value_heads": 2, "attention_dropout": 0.1, **changes}
-    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=depth, **settings)
+    config = LlamaConfig(vocab_size=vocabulary, num_hidden_layers=depth, **settings)
     config._attn_implementation = "sdpa"
     return LlamaForCausalLM(config)
 
 
 class Lines(Dataset):
-    """Token ids of 8 to 48 tokens; `draws` makes every look at an example draw a number."""
+    """Token ids of 8 to 48 tokens, or all of 48; `draws` makes every look at an example draw."""
 
-    def __init__(self, count: int = 60, *, draws: bool = False) -> None:
+    def __init__(self, count: int = 60, *, equal: bool = False, draws: bool = False) -> None:
         generator = torch.Generator().manual_seed(5)
         lengths = torch.randint(8, LONGEST + 1, (count,), generator=generator).tolist()
+        lengths = [LONGEST] * count if equal else lengths
         lengths[count // 2] = LONGEST
-        self.rows = [torch.randint(0, VOCABULARY, (n,), generator=generator) for n in lengths]
+        make = functools.partial(torch.randint, 0, VOCABULARY, generator=generator)
+        self.rows = [make((n,)).tolist() for n in lengths]
         self.draws = draws
         self.looks = 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
         self.looks += 1
         if self.draws:
             torch.rand(3)
         return {"input_ids": self.rows[index]}
 
 
-def padded(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def padded(examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     """Rows padded to the longest of the batch."""
-    ids = [e["input_ids"] for e in examples]
+    ids = [torch.tensor(e["input_ids"]) for e in examples]
     input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     lengths = torch.tensor([len(i) for i in ids])
     mask = torch.arange(input_ids.shape[1]) < lengths[:, None]

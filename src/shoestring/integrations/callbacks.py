@@ -26,47 +26,53 @@ log = logging.getLogger("shoestring")
 
 
 class Measuring(TrainerCallback):
-    """Runs the first steps under the meter and holds their peak against the plan's promise."""
+    """Runs the first steps under the meter and holds their peak against the plan's promise.
+
+    Each step by itself: what is fetched, saved and evaluated between two steps is no part of it,
+    nor is a data set that lies in memory.
+    """
 
     def __init__(self, chosen: Plan, steps: int) -> None:
         self.plan, self.steps = chosen, steps
         self.verification: Verification | None = None
         self._meter: Meter | None = None
+        self._highest: Meter | None = None
         self._left = steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A new run is measured anew."""
         self.close()
-        self._left = self.steps
+        self._highest, self._left = None, self.steps
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        """The first step goes under the meter."""
-        if self._left > 0 and self._meter is None:
+        """One of the first steps goes under the meter."""
+        if self._left > 0:
             self._meter = Meter(model, optimizer)
             self._meter.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last step to be measured comes out again."""
-        if self._meter is None:
+        """It comes out again; the last one says what was found."""
+        meter = self.close()
+        if meter is None:
             return
+        if self._highest is None or meter.peak_bytes > self._highest.peak_bytes:
+            self._highest = meter
         self._left -= 1
-        if self._left > 0 and not (control.should_evaluate or control.should_save):
+        if self._left > 0:
             return
-        self._left = 0
-        meter, self._meter = self._meter, None
-        meter.__exit__(None, None, None)
-        self.verification = Verification(self.plan.peak_bytes, meter.peak_bytes)
+        peak = self._highest.peak_bytes
+        self.verification = Verification(self.plan.peak_bytes, peak)
         state.log_history.append(
             {
                 "step": state.global_step,
                 "planned_peak_bytes": self.plan.peak_bytes,
-                "measured_peak_bytes": meter.peak_bytes,
+                "measured_peak_bytes": peak,
             }
         )
-        self._tell(meter)
+        self._tell(self._highest)
 
     def _tell(self, meter: Meter) -> None:
         assert self.verification is not None
@@ -81,11 +87,12 @@ class Measuring(TrainerCallback):
             self.verification, meter.instant, more,
         )  # fmt: skip
 
-    def close(self) -> None:
+    def close(self) -> Meter | None:
         """Switch the meter off, wherever training ended."""
         meter, self._meter = self._meter, None
         if meter is not None:
             meter.__exit__(None, None, None)
+        return meter
 
 
 class PlanCallback(TrainerCallback):

@@ -60,8 +60,9 @@ def refuse_arguments(args: Any) -> None:
                         "is for the batch size that is set", "Set auto_find_batch_size=False; "
                         "what does not fit is said before anything runs.")  # fmt: skip
     if args.world_size > 1 or args.n_gpu > 1:
+        count = max(args.world_size, args.n_gpu)
         raise _conflict(
-            f"{max(args.world_size, args.n_gpu)} devices", "the trainer wraps the model for them",
+            f"more than one device ({count})", "the trainer wraps the model for them",
             "Let it see one: CUDA_VISIBLE_DEVICES=0, and no torchrun.",
         )  # fmt: skip
     if str(getattr(args.optim, "value", args.optim)) in ("lomo", "adalomo"):

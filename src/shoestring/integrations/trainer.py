@@ -24,6 +24,7 @@ from ..errors import ConfigError, OutOfBudget
 from ..meter import Tracker
 from ..methods import METHODS, Method
 from ..planner import Plan, Verification, plan
+from ..planner.cost import sink
 from ..planner.fake import fake_batch, fake_model
 from ..planner.made_for import Larger
 from ..planner.quick import QuickFakeMode
@@ -32,7 +33,7 @@ from ..units import format_bytes
 from .callbacks import Measuring
 from .conflicts import autocast_of, refuse_conflicts, usable
 from .looking import largest_batch, undisturbed
-from .optimizers import Remade
+from .optimizers import Remade, inner
 from .stand_in import BESIDE, as_prepared, loss_of_trainer, stand_in, with_waiting
 
 log = logging.getLogger("shoestring")
@@ -295,8 +296,10 @@ def _evaluation(
             if trainer.preprocess_logits_for_metrics is not None and kept[1] is not None:
                 kept = (*kept[:1], trainer.preprocess_logits_for_metrics(kept[1], kept[2]), kept[2])
             held = _bytes(kept)
-    # While the next batch is added to those that are collected, both and their sum are there.
-    return tracker.ledger.peak + BESIDE + (2 * collected * held if collected > 1 else 0)
+    ahead = _bytes(inputs) if trainer.args.device.type == "cpu" else 0
+    # While a batch is added to those that are collected, both and their sum are there.
+    more = 2 * collected * held if collected > 1 else 0
+    return tracker.ledger.peak + ahead + BESIDE + more
 
 
 def _bytes(value: Any) -> int:
@@ -305,15 +308,18 @@ def _bytes(value: Any) -> int:
     return sum(t.nbytes for t in tree_leaves(value) if isinstance(t, Tensor))
 
 
-def _states(trainer: Any, twin: nn.Module, chosen: Plan | None) -> Optimizer:
-    """The optimizer of the twin, with the states that it has after a step."""
+def _states(trainer: Any, twin: nn.Module, chosen: Plan | None) -> Optimizer | None:
+    """The optimizer of the twin, with the states that it has after a step; None before there is
+    one."""
     trained = [p for p in twin.parameters() if p.requires_grad]
-    real = [p for p in trainer.model.parameters() if p.requires_grad]
-    make = Remade(trainer.optimizer, real) if chosen is None else chosen.make
-    assert make is not None
-    optimizer = chosen.optimizer(twin, make) if chosen is not None else make(trained)
-    for parameter in trained:
-        torch.autograd.backward(parameter, torch.zeros_like(parameter))
+    if chosen is not None:
+        optimizer = chosen.optimizer(twin)
+    elif trainer.optimizer is not None:
+        real = [p for p in trainer.model.parameters() if p.requires_grad]
+        optimizer = Remade(inner(trainer.optimizer), real)(trained)
+    else:
+        return None
+    torch.autograd.backward([sink(parameter) for parameter in trained])
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer
