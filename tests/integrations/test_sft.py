@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
     # announcements of transformers and trl about their next major versions
     "ignore:`is_gradient_checkpointing`:FutureWarning",
     "ignore:`return_outputs=True`, and the logits:FutureWarning",
+    "ignore:`label_smoothing_factor` is deprecated in `SFTTrainer`:FutureWarning",
 )
 
 
@@ -49,7 +50,7 @@ def sft(tmp_path: Path, tokenizer: Any, *, of: Any = None, **changes: Any) -> tu
     rows = [{"text": text[i : i + 400]} for i in range(0, 24_000, 400)]
     settings = {
         "output_dir": str(tmp_path), "max_steps": 20, "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3, "gradient_checkpointing": False, "use_cpu": True, "report_to": [],
+        "learning_rate": 1e-3, "activation_checkpointing": False, "use_cpu": True, "report_to": [],
         "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "max_length": 64,
         "bf16": False, "dataloader_pin_memory": False, "dataset_num_proc": None,
     }  # fmt: skip
@@ -114,8 +115,8 @@ def test_adapters_are_trained_as_without_a_plan(tmp_path, tokenizer):
 
 
 def test_its_own_checkpointing_is_refused(tmp_path, tokenizer):
-    of, _ = sft(tmp_path, tokenizer, gradient_checkpointing=True)
-    with pytest.raises(ConfigError, match=r"Set gradient_checkpointing=False \(SFTConfig sets it"):
+    of, _ = sft(tmp_path, tokenizer, activation_checkpointing=True)
+    with pytest.raises(ConfigError, match=r"Set activation_checkpointing=False \(TRL's configs"):
         plan_trainer(of, budget="1GiB")
 
 

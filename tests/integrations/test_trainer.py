@@ -326,7 +326,10 @@ def test_several_evaluation_sets_count_as_their_largest(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"gradient_checkpointing": True}, "gradient_checkpointing does not go .* paid for twice"),
+        (
+            {"gradient_checkpointing": True},
+            "activation_checkpointing does not go .* twice",
+        ),
         ({"torch_compile": True}, "Set torch_compile=False"),
         ({"auto_find_batch_size": True}, "Set auto_find_batch_size=False"),
         ({"use_liger_kernel": True}, "Apply Liger's kernels to the model first"),

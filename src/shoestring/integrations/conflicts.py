@@ -38,9 +38,11 @@ def refuse_conflicts(trainer: Any) -> None:
 def refuse_arguments(args: Any) -> None:
     """The settings in TrainingArguments (and what derives from them)."""
     once = "the plan decides what is computed again, and that would be paid for twice"
-    if getattr(args, "activation_checkpointing", None) or vars(args).get("gradient_checkpointing"):
-        raise _conflict("gradient_checkpointing", once, "Set gradient_checkpointing=False"
-                        " (SFTConfig sets it when it is left out).")  # fmt: skip
+    # transformers renamed it in 5.2x, and keeps the old name beside the new one.
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    if any(vars(args).get(name) for name in names):
+        name = next(name for name in names if name in vars(args))
+        raise _conflict(name, once, f"Set {name}=False (TRL's configs set it when it is left out).")
     if getattr(args, "activation_offloading", False):
         raise _conflict("activation_offloading", "the plan decides what is kept where",
                         "Set activation_offloading=False.")  # fmt: skip
