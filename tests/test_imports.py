@@ -18,7 +18,7 @@ LEVELS = [
     {"stack", "meter", "rss", "tape", "rules", "streams", "branches", "conversion", "mapped"},
     {"methods", "precision", "models", "objectives", "optim", "data"},
     {"planner", "checkpoint", "report"},
-    {"training", "convert", "serve", "edit"},
+    {"training", "integrations", "convert", "serve", "edit"},
     {"studies"},
     {"cli"},
 ]

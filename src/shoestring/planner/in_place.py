@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import StackError
 from ..methods import Undo
 from ..stack import Runner, Span
+from .made_for import Guard
 from .ways import Way, apply_ways, stack_of
 
 _NOTE = "_shoestring_plan"  # an attribute of the model
@@ -28,20 +29,38 @@ class InPlace:
     changes: list[tuple[nn.Module, Any, Any]]
     weights: Undo | None = None
     """Undoes what was done to the weights; None where nothing was."""
+    guard: Guard | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InPlace":
         # A copy has weights of its own, wherever its maker put them.
-        return InPlace(copy.deepcopy(self.changes, memo))
+        changes, guard = copy.deepcopy((self.changes, self.guard), memo)
+        return InPlace(changes, guard=guard)
+
+    def watch(self, model: nn.Module) -> None:
+        """Put the guard's hook in."""
+        if self.guard is not None:
+            model.register_forward_pre_hook(self.guard, with_kwargs=True)
+
+    def unwatch(self, model: nn.Module) -> None:
+        """Take the guard's hook out: by what it is, since handles do not follow a copy."""
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if hook is self.guard:
+                del model._forward_pre_hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def put(model: nn.Module, patches: Sequence[Way], spans: Sequence[Span]) -> InPlace:
+def put(
+    model: nn.Module, patches: Sequence[Way], spans: Sequence[Span], guard: Guard | None = None
+) -> InPlace:
     """Put patches and spans in place, instead of any plan that is. Errors change nothing.
+
+    guard: looks at every training batch while they are.
 
     StackError also for a model whose weights a plan has moved: moving them back may need more
     memory than there is, so it is not done on the way.
     """
     before, notes = _forwards(model), list(_notes(model))
-    if any(note.weights is not None for _, note in notes):
+    if has_moved_weights(model):
         raise StackError(
             f"the weights of this {type(model).__name__} were moved by the plan that is in it",
             expected="a model without such a plan",
@@ -62,15 +81,22 @@ def put(model: nn.Module, patches: Sequence[Way], spans: Sequence[Span]) -> InPl
             _set(module, forward)
         for module, note in notes:
             module.__dict__[_NOTE] = note
+            note.watch(module)
         raise
     changes = [(m, plain[m], now) for m, now in _forwards(model).items() if now is not plain[m]]
-    note = model.__dict__[_NOTE] = InPlace(changes, undo)
+    note = model.__dict__[_NOTE] = InPlace(changes, undo, guard)
+    note.watch(model)
     return note
 
 
 def note_of(model: nn.Module) -> InPlace | None:
     """What the plan in this model has changed; None without one."""
     return vars(model).get(_NOTE)
+
+
+def has_moved_weights(model: nn.Module) -> bool:
+    """Whether a plan that is in this model moved its weights, or changed their dtype."""
+    return any(note.weights is not None for _, note in _notes(model))
 
 
 def take_out(model: nn.Module) -> None:
@@ -91,6 +117,7 @@ def take_out(model: nn.Module) -> None:
             )
     for module, before in standing:
         _set(module, before)
+    note.unwatch(model)
     del model.__dict__[_NOTE]
     if note.weights is not None:
         note.weights()

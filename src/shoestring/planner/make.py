@@ -17,6 +17,7 @@ from .choose import Choice, Planner
 from .cost import Step
 from .fake import class_of, config_of
 from .given import refuse_other_kinds
+from .made_for import MadeFor, Watched, in_parts
 from .plans import Plan, Row
 from .ways import Allow
 
@@ -75,8 +76,8 @@ def planner(
 ) -> "PlanFor":
     """As `plan`, for several budgets: measures once, then answers `planner(...)(budget)`."""
     step = Step(
-        model=model, batch=batch, optimizer=factory_of(optimizer), loss=loss, autocast=autocast,
-        accumulate=accumulate, grad_clip=grad_clip,
+        model=model, batch=batch, optimizer=factory_of(optimizer), loss=Watched(loss),
+        autocast=autocast, accumulate=accumulate, grad_clip=grad_clip,
     )  # fmt: skip
     return PlanFor(Planner(step, allow=allow, seconds=seconds, hands_over=hands_over))
 
@@ -114,9 +115,15 @@ class PlanFor:
             instant=profile.instant, step_seconds=choice.seconds if chosen.timed else None,
             spans=choice.spans, patches=choice.patches,
             rows=rows, blocks=len(chosen.base.stack), model=type(chosen.base.model).__name__,
-            history=profile.history, make=chosen.step.make,
-            loss=chosen.step.loss,
+            history=profile.history, made_for=self._made_for(choice), make=chosen.step.make,
+            loss=chosen.step.loss.loss if isinstance(chosen.step.loss, Watched) else None,
         )  # fmt: skip
+
+    def _made_for(self, choice: Choice) -> MadeFor:
+        watched = self.planner.step.loss
+        assert isinstance(watched, Watched)
+        parts = next((w.config["parts"] for w in choice.patches if w.applies_to == "batch"), 1)
+        return MadeFor.of(self.planner.base.model, in_parts(watched.shapes or {}, parts))
 
 
 def factory_of(optimizer: Optimizer | MakeOptimizer | None) -> MakeOptimizer | None:

@@ -11,6 +11,7 @@ counts live tensors on the device: weights, gradients, optimizer states, batch, 
 
 import functools
 import json
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,8 +30,11 @@ from ..rows import cut, rows_of
 from ..stack import Span
 from ..units import format_bytes, format_seconds
 from .given import Loss, loss_of
-from .in_place import InPlace, note_of, put, take_out
+from .in_place import InPlace, has_moved_weights, note_of, put, take_out
+from .made_for import Guard, Larger, MadeFor
 from .ways import Way, optimizer_for, stack_of
+
+log = logging.getLogger("shoestring")
 
 FORMAT = 1
 
@@ -78,6 +82,7 @@ class Plan:
     when nothing was timed.  rows: the usual schemes beside this plan, by the chain model (within
     a few percent).  blocks: how many blocks the stack has.  history: what a step will hold from
     instant to instant, by category, as `Meter.history` tells it afterwards; None in older plans.
+    made_for: the model and the batch, None in older plans.
     """
 
     budget_bytes: int
@@ -91,6 +96,7 @@ class Plan:
     blocks: int
     model: str
     history: Mapping[str, Any] | None = field(default=None, repr=False)
+    made_for: MadeFor | None = field(default=None, repr=False)
     make: MakeOptimizer | None = field(default=None, compare=False, repr=False)
     """The optimizer that was planned for; None for a plan that was read from JSON."""
     loss: Loss | None = field(default=None, compare=False, repr=False)
@@ -107,17 +113,40 @@ class Plan:
 
     # -- use -----------------------------------------------------------------------------------
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: nn.Module, *, larger: Larger = "warn") -> None:
         """Put the plan in place, instead of any plan that is. StackError when it is not for
-        this model, which is then left as it was."""
-        blocks = len(stack_of(model))
+        this model, which is then left as it was.
+
+        larger: what is done about a training batch that is larger than planned for, before its
+        step allocates: "warn" logs it, "error" raises OutOfBudget, "ignore".
+        """
+        self._refuse_others(model)
+        guard = None
+        if self.made_for is not None:
+            if self.made_for.torch != torch.__version__:
+                log.warning(
+                    "this plan was made with torch %s, this is %s: it may need another peak than "
+                    "promised", self.made_for.torch, torch.__version__,
+                )  # fmt: skip
+            sizes = {"peak_bytes": self.peak_bytes, "budget_bytes": self.budget_bytes}
+            guard = Guard(self.made_for, larger, **sizes) if larger != "ignore" else None
+        self._applied[model] = weakref.ref(put(model, self.patches, self.spans, guard))
+
+    def _refuse_others(self, model: nn.Module) -> None:
+        """StackError for a model that this plan was not made for."""
+        name, blocks = type(model).__name__, len(stack_of(model))
+        what = None
         if blocks != self.blocks:
+            what = f"{self.blocks} blocks of {self.model}, {name} has {blocks}"
+        elif self.made_for is not None and not has_moved_weights(model):
+            different = self.made_for.differs(model)
+            what = f"{self.model} with {different}" if different else None
+        if what is not None:
             raise StackError(
-                f"this plan is for {self.blocks} blocks of {self.model}, "
-                f"{type(model).__name__} has {blocks}",
+                f"this plan is for {what}",
                 expected="the model the plan was made for",
+                hint="Plan this model: shoestring.plan(model, batch, ...).",
             )
-        self._applied[model] = weakref.ref(put(model, self.patches, self.spans))
 
     def build(self, build: Callable[[], nn.Module]) -> nn.Module:
         """The model that `build()` makes or loads, for `apply`: where the plan keeps weights
@@ -251,6 +280,8 @@ class Plan:
         value["spans"] = [asdict(s) for s in self.spans]
         value["patches"] = [{"method": w.method, "config": dict(w.config)} for w in self.patches]
         value["rows"] = [asdict(r) for r in self.rows]
+        if self.made_for is not None:
+            value["made_for"] = asdict(self.made_for)
         text = json.dumps(value, indent=2)
         if self.history is None or not history:
             return text
@@ -273,8 +304,9 @@ class Plan:
         missing = [n for n in (*_FIELDS, *_PARTS) if n not in value]
         if missing:
             raise ConfigError(f"this plan lacks {missing}", expected="Plan.to_json()")
+        made_for = _read_made_for(value["made_for"]) if "made_for" in value else None
         return cls(**{name: _read(name, value[name]) for name in (*_FIELDS, *_PARTS)},
-                   history=value.get("history"))  # fmt: skip
+                   history=value.get("history"), made_for=made_for)  # fmt: skip
 
 
 _FIELDS = ("model", "blocks", "budget_bytes", "peak_bytes", "by_category", "instant",
@@ -288,6 +320,20 @@ _KINDS: dict[str, Any] = {
 }
 
 
+def _read_made_for(value: Any) -> MadeFor:
+    try:
+        return MadeFor.from_json(value)
+    except (TypeError, ValueError, KeyError) as error:
+        raise _unreadable("made_for", error) from None
+
+
+def _unreadable(name: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"this plan's {name} cannot be read: {error}", expected="Plan.to_json()",
+        hint="Make the plan again.",
+    )  # fmt: skip
+
+
 def _read(name: str, value: Any) -> Any:
     """A field of a plan from JSON. ConfigError when it is not of its kind."""
     try:
@@ -298,10 +344,7 @@ def _read(name: str, value: Any) -> Any:
         parts = [{k: _checked(k, v) for k, v in dict(each).items()} for each in value]
         return tuple(_PARTS[name](**each) for each in parts)
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"this plan's {name} cannot be read: {error}", expected="Plan.to_json()",
-            hint="Make the plan again.",
-        ) from None  # fmt: skip
+        raise _unreadable(name, error) from None
 
 
 def _checked(name: str, value: Any) -> Any:
