@@ -7,7 +7,7 @@ import torch
 
 from ..errors import ConfigError, StackError
 from ..methods import METHODS, Method
-from ..planner.ways import Allow, allowed
+from ..planner.ways import HANDED_OVER, Allow, allowed
 
 
 def autocast_of(args: Any) -> torch.dtype | None:
@@ -91,7 +91,8 @@ def usable(allow: Allow, why_not: Callable[[Method], str | None]) -> list[str]:
     for by name and cannot."""
     named = [] if isinstance(allow, str) and allow not in METHODS else allow
     found = []
-    for method in allowed(allow):
+    # The loop is ours to set up, so all of it is handed over; `why_not` keeps back what it must.
+    for method in allowed(allow, hands_over=HANDED_OVER):
         reason = why_not(method)
         if reason is None:
             found.append(method.name)
