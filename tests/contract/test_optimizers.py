@@ -23,7 +23,7 @@ from contract.subjects import (
     train,
 )
 from contract.test_promises import same_weights, text_batches
-from shoestring.errors import ConfigError
+from shoestring.errors import ConfigError, StackError
 from shoestring.methods import METHODS
 
 STEPS = 30
@@ -163,8 +163,11 @@ def test_frozen_unused_and_tied_parameters_are_treated_as_before(subject: Subjec
         assert same_weights(plain, ours)
 
 
-@every(lambda s: not is_of_the_optimizer(s))
-@pytest.mark.parametrize("outer", [m for m in METHODS.values() if m.promises.frees_gradients])
+WITHIN_BACKWARD = [m for m in METHODS.values() if m.promises.frees_gradients]
+
+
+@every(lambda s: s.promises.applies_to not in ("optimizer", "batch"))
+@pytest.mark.parametrize("outer", WITHIN_BACKWARD)
 def test_steps_within_backward_change_nothing_under_any_method(
     subject: Subject, outer: Any
 ) -> None:
@@ -175,6 +178,17 @@ def test_steps_within_backward_change_nothing_under_any_method(
     losses, _ = train(ours, 4, lambda step: batch())
     assert losses == expected
     assert same_weights(plain, ours)
+
+
+@every(is_default, lambda s: s.promises.applies_to == "batch")
+@pytest.mark.parametrize("outer", WITHIN_BACKWARD)
+def test_steps_within_backward_refuse_a_step_of_several_backwards(
+    subject: Subject, outer: Any
+) -> None:
+    model = subject.applied()
+    put(outer, model, {})
+    with pytest.raises(StackError, match="second backward before step"):
+        train(model, 1, lambda step: batch(rows=4))
 
 
 @every(is_of_the_optimizer, is_default)
