@@ -181,11 +181,13 @@ def main() -> None:
         with tempfile.NamedTemporaryFile("r", suffix=".json") as out:
             command = [sys.executable, __file__, "--row", str(number), "--out", out.name]
             command += ["--smoke"] if given.smoke else []
-            subprocess.run(command, check=True, env={**os.environ, **tuned_environment()})
+            subprocess.run(
+                command, check=True, env={**os.environ, **tuned_environment(torch.device("cpu"))}
+            )
             found.append(json.load(out))
         print(json.dumps(found[-1]), flush=True)
     result = {
-        "question": (__doc__ or "").splitlines()[0], "environment": environment(),
+        "question": (__doc__ or "").splitlines()[0], "environment": environment(torch.device("cpu")),
         "batch_rows": rows, "tokens": tokens, "threads": torch.get_num_threads(), "rows": found,
     }  # fmt: skip
     page = table(result)

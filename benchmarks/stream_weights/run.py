@@ -167,7 +167,7 @@ def run_arm(
 def in_process(job: str, arm: str, settings: list[str]) -> dict[str, Any]:
     command = [sys.executable, __file__, "--arm", job, arm, *settings]
     with tempfile.NamedTemporaryFile("r", suffix=".json") as out:
-        environment = {**os.environ, **tuned_environment()}
+        environment = {**os.environ, **tuned_environment(torch.device("cpu"))}
         subprocess.run([*command, "--out", out.name], check=True, env=environment)
         return dict(json.load(out))
 
@@ -222,7 +222,7 @@ def main() -> None:
     rows = [in_process(job, arm, settings) for job in JOBS for arm in ARMS]
     shape = config(given.smoke)
     result = {
-        "question": __doc__.splitlines()[0] if __doc__ else "", "environment": environment(),
+        "question": __doc__.splitlines()[0] if __doc__ else "", "environment": environment(torch.device("cpu")),
         "shape": {k: getattr(shape, k) for k in ("hidden_size", "intermediate_size",
                                                 "num_hidden_layers", "vocab_size")},
         "weight_bytes": weight_bytes(shape), "rows_a_batch": given.rows, "tokens": given.tokens,
