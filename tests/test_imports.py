@@ -18,7 +18,7 @@ LEVELS = [
     {"stack", "meter", "rss", "tape", "rules", "streams", "branches", "conversion"},
     {"methods", "precision", "models", "objectives", "optim", "data"},
     {"planner", "checkpoint", "report"},
-    {"training", "convert", "serve", "edit"},
+    {"training", "doctor", "convert", "serve", "edit"},
     {"studies"},
     {"cli"},
 ]

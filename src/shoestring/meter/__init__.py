@@ -18,15 +18,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..rss import RssPeak
-from .ledger import CATEGORIES, Ledger
+from .ledger import CATEGORIES, Charge, Ledger
 from .profiler import allocator_peak
 from .tracker import Tracker, active_tracker
+from .watcher import Watcher
 
 __all__ = [
     "CATEGORIES",
+    "Charge",
     "Ledger",
     "Meter",
     "Tracker",
+    "Watcher",
     "active_tracker",
     "allocator_peak",
 ]

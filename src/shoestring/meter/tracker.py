@@ -18,6 +18,7 @@ from .history import EXISTING, History
 from .ledger import CATEGORIES, Charge, Ledger, rounded
 from .operators import draws, plain_tensors, scratch_bytes, tensors_in
 from .unseen import watch_resize, watch_rng_states
+from .watcher import Watcher
 
 _LOSS_OPERATORS = frozenset(
     "_log_softmax nll_loss_forward nll_loss2d_forward mse_loss binary_cross_entropy "
@@ -43,11 +44,13 @@ class Tracker(TorchDispatchMode):
     "after backward" (such as clipping), "optimizer step"; `mark` names them by hand.
 
     history: keep the lives of all storages too, for a timeline by category.
+    watcher: told of every storage as it comes and goes.
     """
 
-    def __init__(self, *, history: bool = False) -> None:
+    def __init__(self, *, history: bool = False, watcher: Watcher | None = None) -> None:
         super().__init__()
         self._keeps_history = history
+        self._watcher = watcher
         self.ledgers: dict[str, Ledger] = {}
         self.random_draws = 0
         self.phase = "forward"
@@ -70,6 +73,13 @@ class Tracker(TorchDispatchMode):
     def live_bytes(self) -> int:
         """Bytes alive now on the working device."""
         return self.ledger.live
+
+    def charge_of(self, tensor: Tensor) -> Charge | None:
+        """What is charged for the storage of a plain tensor; None when it is not counted."""
+        try:
+            return self._charges.get(tensor.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):
+            return None
 
     # ---- writing by hand -------------------------------------------------------------------
 
@@ -96,6 +106,12 @@ class Tracker(TorchDispatchMode):
         """Charge a tensor that was made out of sight of the dispatcher, such as an RNG state."""
         self._charge(tensor, inside=True, category="transient")
         self._settle("created")
+
+    def set_aside(self) -> None:
+        """Count what was made so far and is nobody's as `other`: a step begins only now."""
+        for charge in self._charges.values():
+            if charge.category == "transient":
+                self._move(charge, "other")
 
     def mark(self, name: str) -> None:
         """Start a phase called `name` by hand; it lasts until the next one found or marked."""
@@ -136,6 +152,8 @@ class Tracker(TorchDispatchMode):
         for charge in self._charges.values():
             if charge.ledger.history is not None:
                 charge.ledger.history.left(charge.since, charge.nbytes, charge.category)
+            if self._watcher is not None:
+                self._watcher.gone(charge)
         # No refunds after this: the numbers are those of the window.
         self._charges.clear()
 
@@ -151,6 +169,8 @@ class Tracker(TorchDispatchMode):
             return func(*args, **kwargs)  # what a fake tensor's attributes ask for
         name = func.overloadpacket.__name__
         self._find_phase(name)
+        if self._watcher is not None:
+            self._watcher.started(name, args)
         fresh = name == "lift_fresh"
         for tensor in tensors_in(args):
             self._charge(tensor, inside=fresh)
@@ -203,6 +223,8 @@ class Tracker(TorchDispatchMode):
             ledger.existing += charge.nbytes
             ledger.peak += charge.nbytes
             ledger.peak_by_category[category] += charge.nbytes
+        if self._watcher is not None:
+            self._watcher.made(charge, tensor)
         return charge
 
     def _ledger_of(self, device: str) -> Ledger:
@@ -225,6 +247,8 @@ class Tracker(TorchDispatchMode):
         history = reference.ledger.history
         if history is not None:
             history.ended(reference.since, reference.nbytes, reference.category)
+        if self._watcher is not None:
+            self._watcher.gone(reference)
         reference.ledger.live -= reference.nbytes
         reference.ledger.by_category[reference.category] -= reference.nbytes
 
@@ -238,6 +262,8 @@ class Tracker(TorchDispatchMode):
         if history is not None:
             history.ended(charge.since, charge.nbytes, charge.category)
             charge.since = history.began()
+        if self._watcher is not None:
+            self._watcher.resized(charge, nbytes)
         charge.ledger.live += nbytes - charge.nbytes
         charge.ledger.by_category[charge.category] += nbytes - charge.nbytes
         charge.nbytes = nbytes
@@ -259,6 +285,8 @@ class Tracker(TorchDispatchMode):
         for ledger in self.ledgers.values():
             ledger.settle(self.phase, operator, scratch)
             ledger.note(self.phase)
+        if self._watcher is not None:
+            self._watcher.settled(self.ledgers.values(), operator, scratch)
 
     # ---- parameters, gradients, optimizer --------------------------------------------------
 
@@ -286,6 +314,8 @@ class Tracker(TorchDispatchMode):
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._know_optimizer(optimizer)
         self.phase = "after optimizer step"
+        if self._watcher is not None:
+            self._watcher.stepped(optimizer)
 
     # ---- phases ----------------------------------------------------------------------------
 
@@ -325,3 +355,5 @@ class Tracker(TorchDispatchMode):
                 self._move(charge, "saved")
         for ledger in self.ledgers.values():
             ledger.retained = max(ledger.retained, ledger.by_category["saved"])
+        if self._watcher is not None:
+            self._watcher.forward_ended(self._charges.values())
