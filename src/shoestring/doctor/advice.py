@@ -7,12 +7,13 @@ would take away are taken out of what was measured. No change is named that save
 hundredth of the peak, and none that has nothing to do here.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ShoestringError
@@ -44,7 +45,7 @@ from .watch import Watch
 WORTH = 100
 """A change is named from a hundredth of the peak on."""
 STATES_SHARE = 5
-"""Other optimizers are looked at from a fifth of the peak in states on."""
+"""Smaller states are looked at from a fifth of the peak in states on."""
 CLOSE = 1.005
 _LOSS_INSTANTS = ("loss", "loss backward")
 _NORMS = ("_foreach_norm", "linalg_vector_norm")
@@ -97,9 +98,7 @@ class Case:
         saving = int(self.facts["peak_bytes"]) - peak
         if self.watch.lives.is_cut or not self.is_worth(saving):
             return False
-        self.found.append(
-            Advice(**words, saving_bytes=saving, basis="measured", peak_bytes=peak)
-        )
+        self.found.append(Advice(**words, saving_bytes=saving, basis="measured", peak_bytes=peak))
         return True
 
 
@@ -114,9 +113,10 @@ def prescribe(
     case = Case(watch, facts, None)
     _prepare(case, batch, loss)
     if facts["peak_bytes"]:
-        for look in (_leak, _evaluation, _gradients, _output, _cache, _fused, _allocator,
-                     _loss, _blocks, _modules, _batch, _autocast, _states):  # fmt: skip
-            look(case, lost) if look is _leak else look(case)  # type: ignore[call-arg,operator]
+        _leak(case, lost)
+        for look in (_evaluation, _gradients, _output, _cache, _fused, _allocator, _loss, _blocks,
+                     _modules, _batch, _autocast, _states):  # fmt: skip
+            look(case)
     together = None
     simulated = [each for each in case.found if each.basis == "simulated" and each.peak_bytes]
     if len(simulated) > 1 and case.trial is not None:
@@ -287,7 +287,7 @@ def _fused(case: Case) -> None:
     # The loss is not known, and does not matter: any one gives the same gradients' bytes.
     alone = Trial(
         model=case.watch.model, call=Call({}, None), optimizer=optimizer, batch={},
-        loss=lambda model, _: sum(p.sum() for p in model.parameters() if p.requires_grad),  # type: ignore[return-value,misc]
+        loss=_any_loss,
     )  # fmt: skip
     before, after = alone.peak(), alone.having(factory=fused).peak()
     if before is None or after is None:
@@ -299,9 +299,11 @@ def _fused(case: Case) -> None:
         case.found.append(replace(advice(saving, peak - saving), basis="simulated"))
 
 
-def _arguments(kind: type) -> list[str]:
-    import inspect
+def _any_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    return torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum()
 
+
+def _arguments(kind: type) -> list[str]:
     return list(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
 
 
@@ -470,20 +472,6 @@ def _states(case: Case) -> None:
     states = int(case.facts["parts"]["optimizer"])
     if states * STATES_SHARE < int(case.facts["peak_bytes"]):
         return
-    if case.trial is not None and not isinstance(
-        case.watch.optimizers[0], torch.optim.Adafactor
-    ):
-        before = case.fields.get("factory")
-        case.simulated(
-            _advice(
-                name="adafactor", what="an optimizer with states of a row and a column a matrix",
-                how="torch.optim.Adafactor(model.parameters(), lr=...)",
-                cost="another optimizer without momentum: another training",
-            ),
-            factory=lambda parameters: torch.optim.Adafactor(parameters, lr=1e-3, foreach=False),
-        )  # fmt: skip
-        if before is not None:
-            case.fields["factory"] = before  # of two optimizers, the one that changes less
     full = sum(life.nbytes for life in _full_states(case.watch))
     if case.is_worth(full // 2):
         case.found.append(
@@ -507,6 +495,8 @@ def _full_states(watch: Watch) -> Iterator[Life]:
 
 
 def _advice(*, name: str, what: str, how: str, cost: str) -> Callable[[int, int], Advice]:
+    """An advice that waits for its numbers: the saving, and the peak it leads to."""
+
     def advice(saving: int, peak: int) -> Advice:
         return Advice(
             name=name, what=what, how=how, cost=cost, saving_bytes=saving, basis="simulated",

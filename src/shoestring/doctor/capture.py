@@ -34,7 +34,7 @@ class Call:
 
     def batch(self) -> dict[str, Any]:
         """The arguments again; what was floating point has no values."""
-        return tree_map(lambda x: x.tensor() if isinstance(x, _Floats) else x, self.arguments)  # type: ignore[no-any-return]
+        return tree_map(lambda x: x.tensor() if isinstance(x, _Floats) else x, self.arguments)
 
 
 def captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:

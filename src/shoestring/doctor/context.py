@@ -34,7 +34,8 @@ class Doctor:
     model, optimizer: found when they run, if not given; given ones count from the start.
     batch, loss: as for `shoestring.plan`, when the loss is not the model's own: what a change
     saves can then be simulated.
-    on_phase: called with the watch whenever a phase begins.
+    warm_up: steps that are let pass; the diagnosis is of those after them, if there are any.
+    on_phase: called with `doctor.watch` whenever a phase begins.
 
     The step runs as it is, only slower. When it ends with an exception (memory that runs out is
     one), the exception goes on, and the diagnosis is of what was there until then. A second
@@ -52,6 +53,7 @@ class Doctor:
         *,
         batch: Mapping[str, Any] | None = None,
         loss: Loss | None = None,
+        warm_up: int = 0,
         on_phase: Callable[[Watch], None] | None = None,
     ) -> None:
         for name, value, kind in (("model", model, nn.Module), ("optimizer", optimizer, Optimizer)):
@@ -61,27 +63,35 @@ class Doctor:
                     expected=f"a torch {kind.__name__}, or nothing",
                 )
         self._model, self._optimizer = model, optimizer
-        self._batch, self._loss, self._on_phase = batch, loss, on_phase
-        self._watch: Watch | None = None
+        self._batch, self._loss = batch, loss
+        self._warm_up, self._on_phase = warm_up, on_phase
+        self.watch: Watch | None = None
+        self._failure: dict[str, Any] | None = None
         self._is_over = False
         self._diagnosis: Diagnosis | None = None
 
     def __enter__(self) -> Self:
-        if self._watch is not None and not self._is_over:
+        if self.watch is not None and not self._is_over:
             raise ConfigError("this Doctor is watching already", expected="one `with` at a time")
         self._diagnosis, self._is_over, self._failure = None, False, None
-        watch = self._watch = Watch(self._model, self._on_phase)
+        watch = self.watch = Watch(
+            self._model, warm_up=self._warm_up, on_phase=self._on_phase, on_restart=self._begin
+        )
         if self._optimizer is not None:
             watch.optimizers.append(self._optimizer)
         watch.tracker.seed(self._model, self._optimizer)
+        self._begin()
+        watch.start()
+        watch.tracker.__enter__()
+        return self
+
+    def _begin(self) -> None:
+        """Set what the system counts to now."""
         self._rss = RssPeak()
         self._rss.start()
         self._rss_start = _resident()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
-        watch.start()
-        watch.tracker.__enter__()
-        return self
 
     def __exit__(
         self,
@@ -89,7 +99,7 @@ class Doctor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        watch = self._watch
+        watch = self.watch
         assert watch is not None
         self._end_bytes = watch.tracker.live_bytes
         self._failure = _failure(watch, error) if error is not None else None
@@ -102,14 +112,14 @@ class Doctor:
     @property
     def diagnosis(self) -> Diagnosis:
         """What was found. ConfigError before the block is over."""
-        if self._diagnosis is None and (self._watch is None or not self._is_over):
+        if self._diagnosis is None and (self.watch is None or not self._is_over):
             raise ConfigError(
                 "this Doctor has seen nothing yet", expected="`with doctor: step()` before"
             )
         if self._diagnosis is None:
-            assert self._watch is not None
-            self._diagnosis = self._diagnose(self._watch)
-            self._watch = None  # and with it what it knows of the model
+            assert self.watch is not None
+            self._diagnosis = self._diagnose(self.watch)
+            self.watch = None  # and with it what it knows of the model
         return self._diagnosis
 
     def _diagnose(self, watch: Watch) -> Diagnosis:

@@ -5,7 +5,7 @@ when `born <= t <= died`. What a storage was is known for certain only at its en
 question is asked after the work is over.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,9 +46,17 @@ class Lives:
         self.scratch: dict[tuple[str, int], int] = {}  # (device, instant) -> bytes
         self.is_cut = False
 
-    def __iter__(self) -> "Iterable[Life]":  # type: ignore[override]
+    def __iter__(self) -> Iterator[Life]:
         yield from self.dead
         yield from self.live
+
+    def restart(self) -> None:
+        """What is alive now was there before."""
+        self.dead.clear()
+        self.scratch.clear()
+        self.is_cut = False
+        for life in self.live:
+            life.born, life.step, life.is_output = 0, 0, False
 
     def begin(self, life: Life) -> None:
         """A storage is there."""

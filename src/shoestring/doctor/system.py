@@ -10,7 +10,7 @@ from .diagnosis import Advice
 
 WORTH = 10
 """From a tenth of what the tensors grew by."""
-LEAST = 16 * 2**20
+LEAST = 64 * 2**20
 """Less than this is libraries loading their kernels."""
 
 

@@ -99,7 +99,7 @@ class Trial:
             output = model(**batch)
             if self.keeps_output:
                 held[:] = [output]  # as a variable: the last one is there until the next is made
-            return loss_of(model, batch, lambda *_: loss_in(output))  # type: ignore[arg-type,return-value]
+            return loss_of(model, batch, lambda *_: loss_in(output))  # type: ignore[arg-type]
 
         return self.loss or own
 

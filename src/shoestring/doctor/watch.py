@@ -1,8 +1,9 @@
 """The watcher of a step: which operator of which module made every storage, and when.
 
 Modules are found by their calls (`nn.Module.__call__` is replaced meanwhile; torch's global hooks
-do not tell keyword arguments), so that nothing is put into the model. In the backward, where no module runs, an operator belongs to the module whose forward made the autograd
-node: nodes and operators of the forward share torch's sequence number.
+do not tell keyword arguments), so that nothing is put into the model. In the backward, where no
+module runs, an operator belongs to the module whose forward made the autograd node: nodes and
+operators of the forward share torch's sequence number.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from .lives import Life, Lives
 from .timeline import Segment, Visit
 from .trial import loss_in
 
+_next_node: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 _LOGITS_OPERATORS = frozenset({"_log_softmax"})
 _Place = tuple[str, int | None]  # path of a module, and its block
 
@@ -29,16 +31,23 @@ class Watch(Watcher):
     """Everything a diagnosis is made of. `start` and `stop` put the hooks in and take them out.
 
     model: where it is not given, the largest module that is called from outside of any other.
-    on_phase: called with the watch when a phase begins.
+    warm_up: steps after which everything is counted anew, when the model is next trained on.
+    on_phase: called with the watch when a phase begins.  on_restart: called when it does so.
     """
 
     def __init__(
-        self, model: nn.Module | None, on_phase: Callable[["Watch"], None] | None = None
+        self,
+        model: nn.Module | None,
+        *,
+        warm_up: int = 0,
+        on_phase: Callable[["Watch"], None] | None = None,
+        on_restart: Callable[[], None] | None = None,
     ) -> None:
         self.tracker = Tracker(watcher=self)
         self.model = model
         self.is_given = model is not None
-        self.on_phase = on_phase
+        self.warm_up, self.on_phase, self.on_restart = warm_up, on_phase, on_restart
+        self.steps_in_all = 0
         self.optimizers: list[Optimizer] = []
         self.lives = Lives()
         self.now = 0
@@ -125,6 +134,8 @@ class Watch(Watcher):
         block = self._blocks.get(id(module), self._running[-1][1] if self._running else None)
         self._running.append((self._names.get(id(module), type(module).__name__), block))
         is_model = module is self.model
+        if is_model and self.warm_up and self.step >= self.warm_up and not in_backward:
+            self._restart()
         if not is_model and id(module) not in self._blocks:
             return None
         visit = Visit(
@@ -138,6 +149,16 @@ class Watch(Watcher):
         if is_model and visit.is_training and visit.has_grad and not in_backward:
             self.call = captured(module, args, kwargs)
         return visit
+
+    def _restart(self) -> None:
+        """Count from here on."""
+        self.warm_up, self.step = 0, 0
+        self.tracker.restart()
+        self.lives.restart()
+        self.step_ends, self.segments, self.visits = [], [], []
+        self.logits, self.retained, self._peaks = None, {}, {}
+        if self.on_restart is not None:
+            self.on_restart()
 
     def _leave(self, module: nn.Module, visit: Visit | None, output: Any) -> None:
         self._running.pop()
@@ -168,7 +189,7 @@ class Watch(Watcher):
             self.place = ("", None)
         if node is None and torch.is_grad_enabled():
             # The node of this operator was made just before; the first operator seen is its own.
-            self._made_by.setdefault(torch.autograd._get_sequence_nr() - 1, self.place)
+            self._made_by.setdefault(_next_node() - 1, self.place)
             if operator in _LOGITS_OPERATORS:
                 shape = args[0].shape
                 if self.logits is None or args[0].numel() > self.logits[0]:
@@ -241,6 +262,9 @@ class Watch(Watcher):
     def stepped(self, optimizer: Optimizer) -> None:
         if not any(each is optimizer for each in self.optimizers):
             self.optimizers.append(optimizer)
+        if optimizer is not self.optimizers[0]:
+            return  # of several, the first tells the steps
+        self.steps_in_all += 1
         self.step += 1
         self.step_ends.append(self.now)
         self._made_by.clear()

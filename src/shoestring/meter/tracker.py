@@ -113,6 +113,19 @@ class Tracker(TorchDispatchMode):
             if charge.category == "transient":
                 self._move(charge, "other")
 
+    def restart(self) -> None:
+        """Count from here on: what is alive now existed before. Not with a history."""
+        assert not self._keeps_history
+        for charge in self._charges.values():
+            charge.inside, charge.born = False, -1
+            if charge.category in ("transient", "saved"):
+                self._move(charge, "other")
+        for ledger in self.ledgers.values():
+            ledger.peak = ledger.existing = ledger.live
+            ledger.peak_by_category = dict(ledger.by_category)
+            ledger.peak_serial, ledger.retained, ledger.timeline = ledger.serial, 0, []
+        self._saw_backward = False
+
     def mark(self, name: str) -> None:
         """Start a phase called `name` by hand; it lasts until the next one found or marked."""
         if self.phase in ("forward", "loss") or name == "backward":
