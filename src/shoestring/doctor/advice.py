@@ -114,7 +114,8 @@ def prescribe(
     _prepare(case, batch, loss)
     if facts["peak_bytes"]:
         _leak(case, lost)
-        for look in (_evaluation, _gradients, _output, _cache, _fused, _allocator, _loss, _blocks,
+        _output(case, lost)
+        for look in (_evaluation, _gradients, _cache, _fused, _allocator, _loss, _blocks,
                      _modules, _batch, _autocast, _states):  # fmt: skip
             look(case)
     together = None
@@ -227,16 +228,16 @@ def _gradients(case: Case) -> None:
         case.measured(peak_with_gradients_let_go(case.watch), **words)
 
 
-def _output(case: Case) -> None:
+def _output(case: Case, lost: Sequence[Life]) -> None:
     kept = held_outputs(case.watch)
-    if not kept:
-        return
+    if not kept or set(kept) & set(lost):
+        return  # a leak is told as one
     held = format_bytes(sum(life.nbytes for life in kept))
     words = {
         "name": "output",
         "what": f"let go of the model's output before the backward ({held} stay alive through it "
         "because a variable holds them)",
-        "how": "loss = model(**batch).loss   # instead of: out = model(**batch); out.loss",
+        "how": "del output   # as soon as the loss is made; or: loss = model(**batch).loss",
         "cost": "none",
     }
     if not case.simulated(_advice(**words), keeps_output=False) and case.trial is None:

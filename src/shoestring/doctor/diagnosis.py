@@ -171,9 +171,9 @@ class Diagnosis:
                 f"{format_bytes(found['rss_start_bytes'])} when the watch began"
             )
             if found.get("over_bytes") is not None:
-                lines.append(
-                    f"it grew by {format_bytes(found['over_bytes'])} more than its tensors did"
-                )
+                over = found["over_bytes"]
+                word = "more" if over >= 0 else "less"
+                lines.append(f"it grew by {format_bytes(abs(over))} {word} than its tensors did")
         elif found.get("rss_message"):
             lines.append(found["rss_message"])
         return "\n".join([*lines, found["explanation"]])

@@ -6,7 +6,7 @@ question is asked after the work is over.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class Life:
     step: int = 0
     category: str = "other"
     died: int = FOREVER
+    written: list[int] = field(default_factory=list)  # when a gradient was added to it
     is_output: bool = False  # what the model's forward returned, or what a block handed on
 
     def at(self, instant: int) -> bool:

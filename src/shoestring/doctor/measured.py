@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 from ..ops.chunked_loss import CHUNK_BYTES
 from .facts import backward_end, is_logits
 from .lives import Life
-from .timeline import BACKWARD, Visit
+from .timeline import Visit
 from .watch import Watch
 
 Stretches = Iterable[tuple[int, int]]
@@ -40,19 +40,19 @@ def without_logits(watch: Watch) -> int:
 
 
 def peak_with_gradients_let_go(watch: Watch) -> int:
-    """The peak had gradients been freed after each optimizer step. In the backward they count as
-    there from its beginning on, so it saves at least this much."""
-    free = []  # stretches from the end of a step to the next backward
-    begins = [s.start for s in watch.segments if s.phase in BACKWARD]
-    for end in (0, *watch.step_ends):
-        start = next((b for b in begins if b > end), None)
-        if start is not None:
-            free.append((end + 1, start - 1))
+    """The peak had gradients been freed after each optimizer step: there again only from when
+    the backward adds to them, which then would hand over the sum as it is."""
 
     def there(life: Life) -> Stretches:
+        stretch = (life.born, life.died)
         if life.category != "gradients":
-            return ((life.born, life.died),)
-        return _less((life.born, life.died), free)
+            return (stretch,)
+        free = []
+        for end in (-1, *watch.step_ends):
+            start = next((at for at in life.written if at > end), None)
+            if start is not None:
+                free.append((end + 1, start - 1))
+        return _less(stretch, free)
 
     return _peak(watch, there)
 

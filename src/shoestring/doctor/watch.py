@@ -165,6 +165,7 @@ class Watch(Watcher):
         if visit is None:
             return
         visit.stop = self.now
+        self.now += 1  # so that what dies after it is told from what died in it
         if module is self.model and visit.has_grad and output is not None:
             loss = loss_in(output)
             self.has_loss = loss is not None and loss.requires_grad
@@ -194,6 +195,10 @@ class Watch(Watcher):
                 shape = args[0].shape
                 if self.logits is None or args[0].numel() > self.logits[0]:
                     self.logits = (args[0].numel(), shape[-1])
+        elif operator == "add_" and node is not None and node.name().endswith("AccumulateGrad"):
+            charge = self.tracker.charge_of(args[0])
+            if charge is not None:
+                charge.note.written.append(self.now + 1)
         self._begin_segment()
         if node is not None and self.place[1] is not None:
             self.segments[-1].blocks.setdefault(self.place[1], self.now + 1)
