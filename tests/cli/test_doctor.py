@@ -96,8 +96,10 @@ def test_a_script_that_runs_out_of_memory_is_diagnosed_until_then(script):
     assert report["diagnosis"]["parts"]["weights"] == 4 * 4 * (32 * 128 * 2 + 128 + 32)
     assert "Traceback" in done.stderr  # the script's own
     assert "torch.empty(1 << 52)" in done.stderr
+    assert "shoestring/doctor" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_later_is_diagnosed_until_then(script):
     done = doctor("--script", script("assert step < 2, 'enough'"))
     assert done.returncode == 1
@@ -109,18 +111,19 @@ def test_a_script_that_fails_later_is_diagnosed_until_then(script):
     ("text", "message"),
     [
         ("import torch\ntorch.ones(5).sum()", "without a step of an optimizer"),
-        ("print('no torch here')", "without making a tensor of torch"),
-        ("import sys\nsys.exit(3)", "ended with exit code 3"),
-        ("this is no python", "failed after 0 optimizer steps: SyntaxError"),
+        pytest.param("print(1)", "without making a tensor of torch", marks=pytest.mark.slow),
+        pytest.param("import sys\nsys.exit(3)", "exit code 3", marks=pytest.mark.slow),
+        pytest.param("this is no python", "steps: SyntaxError", marks=pytest.mark.slow),
     ],
 )
 def test_a_script_with_nothing_to_watch_is_told_so(text, message, script):
     done = doctor("--json", "--script", script(text=text))
     assert done.returncode == 1
     assert message in json.loads(done.stdout)["error"]["message"]
-    assert "shoestring/doctor/context" not in done.stderr
+    assert "shoestring/doctor" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_script_that_is_killed_is_told_by_what_was_last_alive(script):
     kill = "step and os.kill(os.getpid(), 9)"
     done = doctor("--json", "--script", script(kill))

@@ -17,6 +17,7 @@ import runpy
 import sys
 import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from ..errors import ShoestringError
@@ -80,7 +81,8 @@ class Examination:
         except KeyboardInterrupt as interrupt:
             self.record["status"], error = "interrupted", interrupt
         except BaseException as failure:
-            traceback.print_exception(failure)
+            trace = _from(failure.__traceback__, script)
+            traceback.print_exception(type(failure), failure, trace)
             text = (str(failure).strip().splitlines() or [""])[0]
             message = f"{type(failure).__name__}: {text}".rstrip(": ")
             self.record |= {"status": "failed", "error": message}
@@ -100,6 +102,13 @@ class Examination:
         except (ShoestringError, MemoryError, RuntimeError, KeyboardInterrupt) as failure:
             self.record["not_diagnosed"] = f"{type(failure).__name__}: {failure}"
         self.write()
+
+
+def _from(trace: TracebackType | None, script: str) -> TracebackType | None:
+    """The part of a traceback that begins in the script; our own frames are not its business."""
+    while trace is not None and trace.tb_frame.f_code.co_filename != script:
+        trace = trace.tb_next
+    return trace
 
 
 def _code(stop: SystemExit) -> int:

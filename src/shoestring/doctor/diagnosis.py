@@ -35,7 +35,7 @@ class Advice:
     """Where the number comes from: "simulated" (the step on fake tensors, with and without) or
     "measured" (the tensors that would not have been there)."""
     peak_bytes: int | None = None
-    """The peak it leads to, by the simulation."""
+    """The peak it leads to; None where that is not known."""
 
     def __str__(self) -> str:
         saving = format_bytes(self.saving_bytes)

@@ -87,7 +87,8 @@ def largest(watch: Watch, present: Sequence[Life]) -> list[dict[str, Any]]:
     """The largest tensors, those that are alike as one."""
     alike: dict[Any, list[Life]] = defaultdict(list)
     for life in present:
-        key = (life.nbytes, life.shape, life.dtype, life.category, life.operator)
+        kind = "logits" if is_logits(watch, life) else life.category
+        key = (life.nbytes, life.shape, life.dtype, kind, life.operator)
         alike[(*key, life.module if life.block is None else "")].append(life)
     groups = sorted(alike.values(), key=lambda group: -group[0].nbytes)
     return [_tensor(watch, group) for group in groups[:LARGEST]]
