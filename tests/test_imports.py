@@ -18,7 +18,7 @@ LEVELS = [
     {"stack", "meter", "rss", "tape", "rules", "streams", "branches", "conversion", "mapped"},
     {"methods", "precision", "models", "objectives", "optim", "data"},
     {"planner", "checkpoint", "report"},
-    {"training", "integrations", "convert", "serve", "edit"},
+    {"training", "integrations", "doctor", "convert", "serve", "edit"},
     {"studies"},
     {"cli"},
 ]
@@ -189,7 +189,8 @@ def test_what_only_looks_forbidden_passes():
 @pytest.mark.parametrize(
     "module",
     ["errors", "units", "allocator", "training.config", "cli.main", "cli.train", "cli.plan",
-     "cli.report", "cli.generate", "cli.doctor", "cli.demo", "report"],
+     "cli.report", "cli.generate", "cli.doctor", "cli.demo", "report", "doctor.diagnosis",
+     "doctor.script", "doctor.process"],
 )  # fmt: skip
 def test_module_imports_without_torch(module):
     code = (

@@ -161,7 +161,8 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Float32 weights from GGUF, {result['batch_rows']} x {result['tokens']} tokens of the "
-        f"standard library's source, AdamW, {result['threads']} threads; torch {env['torch']}.",
+        f"standard library's source, AdamW, {result['threads']} threads; "
+        f"torch {env['versions']['torch']}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -187,7 +188,8 @@ def main() -> None:
             found.append(json.load(out))
         print(json.dumps(found[-1]), flush=True)
     result = {
-        "question": (__doc__ or "").splitlines()[0], "environment": environment(torch.device("cpu")),
+        "question": (__doc__ or "").splitlines()[0],
+        "environment": environment(torch.device("cpu")),
         "batch_rows": rows, "tokens": tokens, "threads": torch.get_num_threads(), "rows": found,
     }  # fmt: skip
     page = table(result)

@@ -197,7 +197,7 @@ def table(result: dict[str, Any]) -> str:
         f"Llama, {shape['num_hidden_layers']} layers of width {shape['hidden_size']}, "
         f"{format_bytes(result['weight_bytes'])} of float32 weights, "
         f"{result['rows_a_batch']} x {result['tokens']} tokens, {result['steps']} steps; "
-        f"torch {result['environment']['torch']}.",
+        f"torch {result['environment']['versions']['torch']}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -222,7 +222,8 @@ def main() -> None:
     rows = [in_process(job, arm, settings) for job in JOBS for arm in ARMS]
     shape = config(given.smoke)
     result = {
-        "question": __doc__.splitlines()[0] if __doc__ else "", "environment": environment(torch.device("cpu")),
+        "question": (__doc__ or "").splitlines()[0],
+        "environment": environment(torch.device("cpu")),
         "shape": {k: getattr(shape, k) for k in ("hidden_size", "intermediate_size",
                                                 "num_hidden_layers", "vocab_size")},
         "weight_bytes": weight_bytes(shape), "rows_a_batch": given.rows, "tokens": given.tokens,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ShoestringError
 
 if TYPE_CHECKING:
+    from .doctor import Doctor
     from .meter import Meter
     from .methods.reversible import reversible
     from .planner import Plan, plan
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .training.loop import Run, resume, train
 
 _WHERE = {
+    "Doctor": "doctor",
     "Meter": "meter",
     "Plan": "planner",
     "Run": "training.loop",
@@ -31,6 +33,7 @@ _WHERE = {
 }
 __version__ = "0.1.0"
 __all__ = [
+    "Doctor",
     "Meter",
     "Plan",
     "Run",

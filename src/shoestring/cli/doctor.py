@@ -1,19 +1,24 @@
-"""`shoestring doctor`: what is here, and whether the promise holds on it.
+"""`shoestring doctor`: where memory goes, or what is here and whether the promise holds on it.
 
-The self test trains a small reversible network for a few steps twice, once reconstructing its
-activations and once storing them, and compares every gradient with torch.equal. It is the claim
-of the library, tried on this machine's kernels.
+With --script, somebody's own training script is run in a process of its own and watched; with
+--pid, the system is asked about a process that runs already.
+
+Alone, it is a look at the machine and a self test, which trains a small reversible network for a
+few steps twice, once reconstructing its activations and once storing them, and compares every
+gradient with torch.equal. It is the claim of the library, tried on this machine's kernels.
 """
 
 import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
+from tyro.conf import arg
 
 from ..errors import ConfigError
 from ..units import format_bytes
@@ -23,15 +28,89 @@ from .terminal import Terminal
 _PACKAGES = ("shoestring", "torch", "transformers", "tokenizers", "safetensors", "numpy", "tyro")
 _OPTIONAL = ("datasets", "pyarrow", "peft")
 _STEPS = 3
+_TOTALS = {
+    "rss_bytes": "resident now", "peak_bytes": "resident at most",
+    "anonymous_bytes": "of it: data (tensors are among it)",
+    "file_bytes": "of it: files (libraries, maps)", "shared_bytes": "of it: shared memory",
+    "swap_bytes": "swapped out",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Common):
-    """Versions, devices, free memory, allocator settings, and a short self test."""
+    """Where the memory of a training script goes, and what would lower its peak; alone: versions,
+    devices, free memory, allocator settings, and a short self test."""
+
+    script: Annotated[str, arg(metavar="FILE [ARG ...]")] = ""
+    """Run this Python file, watch its training steps, and say where the memory goes. What comes
+    after FILE is the script's own. It is ended after the watched steps."""
+    steps: int = 2
+    """Optimizer steps to watch after the first (with --script)."""
+    pid: int | None = None
+    """Totals of a process that runs already; what its tensors are cannot be seen from outside."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"--steps {self.steps} cannot be used", expected="1 or more")
+        if self.script and self.pid is not None:
+            raise ConfigError("--script and --pid do not go together", expected="one of them")
 
 
-def run(arguments: Arguments, terminal: Terminal) -> int:
-    """Prints the findings; exit code 1 when the self test fails."""
+def run(arguments: Arguments, terminal: Terminal, script_arguments: Sequence[str] = ()) -> int:
+    """Prints the findings; exit code 1 when the script or the self test fails."""
+    if arguments.script:
+        return _examine(arguments, terminal, script_arguments)
+    if arguments.pid is not None:
+        return _look_at(arguments.pid, terminal)
+    return _check(terminal)
+
+
+def _examine(arguments: Arguments, terminal: Terminal, script_arguments: Sequence[str]) -> int:
+    """A script under the doctor."""
+    from ..doctor.diagnosis import Diagnosis
+    from ..doctor.script import examine_script
+
+    terminal.note(f"watching {arguments.script}: {arguments.steps} steps after the first")
+    record = examine_script(
+        arguments.script, script_arguments, steps=arguments.steps,
+        stdout=sys.stderr if terminal.json else None,
+    )  # fmt: skip
+    if record["diagnosis"] is not None:
+        terminal.say("", str(Diagnosis.from_json(record["diagnosis"])))
+    code = 0 if record["message"] is None else 1
+    if record["status"] == "interrupted":
+        code = 130
+    report = {"script": arguments.script, "diagnosis": record["diagnosis"]}
+    report |= {"status": record["status"], "steps": record["steps"]}
+    if code:
+        terminal.complain(record["message"])
+        kind = {"interrupted": "KeyboardInterrupt"}.get(record["status"], "ScriptError")
+        report["error"] = {"kind": kind, "message": record["message"], "exit_code": code}
+    terminal.emit(report)
+    return code
+
+
+def _look_at(pid: int, terminal: Terminal) -> int:
+    """Totals of another process."""
+    from ..doctor.process import WHY_NOT_MORE, process_totals
+
+    found = process_totals(pid)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in _TOTALS.items():
+        if found[name] is not None:
+            table.add_row(text, format_bytes(found[name]))
+    for group in found["cgroups"]:
+        limit, left = format_bytes(group["limit_bytes"]), format_bytes(group["left_bytes"])
+        table.add_row(f"limit of cgroup {group['path']}", f"{limit}, {left} left")
+    if not found["cgroups"]:
+        table.add_row("limit", "none of its cgroups has one that can be seen")
+    terminal.say(f"process {pid} ({found['name']})", table, WHY_NOT_MORE)
+    terminal.emit(found | {"explanation": WHY_NOT_MORE})
+    return 0
+
+
+def _check(terminal: Terminal) -> int:
+    """This machine, and the self test."""
     from ..allocator import explain, is_tuned
 
     report: dict[str, Any] = {

@@ -23,7 +23,7 @@ VERBS = {
     "resume": "go on with a run that ended early, bit for bit",
     "report": "one page of a run, or of several over one another",
     "generate": "continue a text with a trained model",
-    "doctor": "versions, devices, free memory, and a short self test",
+    "doctor": "where a training script's memory goes; alone: versions, memory, a self test",
     "demo": "a deep language model trained on real text in a few hundred MiB",
 }
 EXIT_CODES = {
@@ -60,9 +60,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     from .terminal import Terminal  # rich takes as long to import as all of --help
 
+    argv, script = split_script(argv)
     terminal = Terminal(json="--json" in argv)
     try:
-        return _run_verb(argv[0], list(argv[1:]), terminal)
+        return _run_verb(argv[0], list(argv[1:]), script, terminal)
     except KeyboardInterrupt as error:
         terminal.error(error if error.args else KeyboardInterrupt("interrupted"), code=130)
         return 130
@@ -74,7 +75,15 @@ def main(argv: Sequence[str]) -> int:
         return _report(error, 1, terminal, debug="--debug" in argv)
 
 
-def _run_verb(verb: str, rest: list[str], terminal: "Terminal") -> int:
+def split_script(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Our own arguments, and what comes after `--script FILE`: those are the script's."""
+    if argv[0] != "doctor" or "--script" not in argv:
+        return argv, ()
+    end = list(argv).index("--script") + 2
+    return argv[:end], argv[end:]
+
+
+def _run_verb(verb: str, rest: list[str], script: Sequence[str], terminal: "Terminal") -> int:
     if verb not in VERBS:
         raise ConfigError(
             f"{verb!r} is not a verb",
@@ -86,7 +95,8 @@ def _run_verb(verb: str, rest: list[str], terminal: "Terminal") -> int:
     module = importlib.import_module(f".{verb}", __package__)
     defaults = module.defaults(rest) if hasattr(module, "defaults") else None
     arguments = parse(module.Arguments, verb, rest, defaults)
-    return int(module.run(arguments, terminal))
+    more = {"script_arguments": tuple(script)} if script else {}
+    return int(module.run(arguments, terminal, **more))
 
 
 def _report(error: Exception, code: int, terminal: "Terminal", *, debug: bool) -> int:
@@ -118,6 +128,8 @@ def _restart_with_tuned_allocator(argv: Sequence[str]) -> None:
 
     if not argv or argv[0] not in VERBS or {"-h", "--help"} & set(argv):
         return
+    if argv[0] == "doctor" and {"--script", "--pid"} & set(argv):
+        return  # a script is watched in the environment that it is used to
     if os.environ.get(_RESTARTED) or is_tuned() or not (settings := tuned_environment()):
         return
     command = [sys.executable, *sys.orig_argv[1:]]

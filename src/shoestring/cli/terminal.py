@@ -39,11 +39,15 @@ class Terminal:
             sys.stdout.write(json.dumps(_finite(record), allow_nan=False) + "\n")
             sys.stdout.flush()
 
+    def complain(self, message: str) -> None:
+        """What went wrong, for people."""
+        self.progress.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+
     def error(self, error: BaseException, *, code: int) -> None:
         """What went wrong: a message, and with --json also an object with the exit code."""
         kind, message = type(error).__name__, str(error) or type(error).__name__
         record: dict[str, Any] = {"kind": kind, "message": message, "exit_code": code}
-        self.progress.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+        self.complain(message)
         if isinstance(error, OutOfBudget):
             record |= _budget_details(error)
             self._note_budget(error)

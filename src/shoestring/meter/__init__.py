@@ -18,16 +18,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..rss import RssPeak
-from .ledger import CATEGORIES, Ledger
+from .ledger import CATEGORIES, Charge, Ledger
 from .outside import count_again, is_outside, leave_out
 from .profiler import allocator_peak
 from .tracker import Tracker, active_tracker
+from .watcher import Watcher
 
 __all__ = [
     "CATEGORIES",
+    "Charge",
     "Ledger",
     "Meter",
     "Tracker",
+    "Watcher",
     "active_tracker",
     "allocator_peak",
     "count_again",

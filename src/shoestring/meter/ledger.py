@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 from .history import History
 
@@ -14,7 +15,7 @@ CUDA_ROUNDING = 512
 class Charge(weakref.ref):
     """One live storage: the weak reference itself carries what was charged for it."""
 
-    __slots__ = ("born", "category", "inside", "key", "ledger", "nbytes", "since")
+    __slots__ = ("born", "category", "inside", "key", "ledger", "nbytes", "note", "since")
 
     key: int
     nbytes: int
@@ -23,6 +24,7 @@ class Charge(weakref.ref):
     born: int  # number of charges made in its ledger before this one
     since: int  # when it got its size, in the time of its ledger's history
     inside: bool  # created while tracking, not before
+    note: Any  # whatever a Watcher writes here; unset without one
 
 
 @dataclass

@@ -19,6 +19,7 @@ from .ledger import CATEGORIES, Charge, Ledger, rounded
 from .operators import draws, plain_tensors, scratch_bytes, tensors_in
 from .outside import is_outside
 from .unseen import watch_resize, watch_rng_states
+from .watcher import Watcher
 
 _LOSS_OPERATORS = frozenset(
     "_log_softmax nll_loss_forward nll_loss2d_forward mse_loss binary_cross_entropy "
@@ -44,11 +45,13 @@ class Tracker(TorchDispatchMode):
     "after backward" (such as clipping), "optimizer step"; `mark` names them by hand.
 
     history: keep the lives of all storages too, for a timeline by category.
+    watcher: told of every storage as it comes and goes.
     """
 
-    def __init__(self, *, history: bool = False) -> None:
+    def __init__(self, *, history: bool = False, watcher: Watcher | None = None) -> None:
         super().__init__()
         self._keeps_history = history
+        self._watcher = watcher
         self.ledgers: dict[str, Ledger] = {}
         self.random_draws = 0
         self.phase = "forward"
@@ -73,6 +76,13 @@ class Tracker(TorchDispatchMode):
     def live_bytes(self) -> int:
         """Bytes alive now on the working device."""
         return self.ledger.live
+
+    def charge_of(self, tensor: Tensor) -> Charge | None:
+        """What is charged for the storage of a plain tensor; None when it is not counted."""
+        try:
+            return self._charges.get(tensor.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):
+            return None
 
     # ---- writing by hand -------------------------------------------------------------------
 
@@ -99,6 +109,25 @@ class Tracker(TorchDispatchMode):
         """Charge a tensor that was made out of sight of the dispatcher, such as an RNG state."""
         self._charge(tensor, inside=True, category="transient")
         self._settle("created")
+
+    def set_aside(self) -> None:
+        """Count what was made so far and is nobody's as `other`: a step begins only now."""
+        for charge in self._charges.values():
+            if charge.category == "transient":
+                self._move(charge, "other")
+
+    def restart(self) -> None:
+        """Count from here on: what is alive now existed before. Not with a history."""
+        assert not self._keeps_history
+        for charge in self._charges.values():
+            charge.inside, charge.born = False, -1
+            if charge.category in ("transient", "saved"):
+                self._move(charge, "other")
+        for ledger in self.ledgers.values():
+            ledger.peak = ledger.existing = ledger.live
+            ledger.peak_by_category = dict(ledger.by_category)
+            ledger.peak_serial, ledger.retained, ledger.timeline = ledger.serial, 0, []
+        self._saw_backward = False
 
     def mark(self, name: str) -> None:
         """Start a phase called `name` by hand; it lasts until the next one found or marked."""
@@ -139,6 +168,8 @@ class Tracker(TorchDispatchMode):
         for charge in self._charges.values():
             if charge.ledger.history is not None:
                 charge.ledger.history.left(charge.since, charge.nbytes, charge.category)
+            if self._watcher is not None:
+                self._watcher.gone(charge)
         # No refunds after this: the numbers are those of the window.
         self._charges.clear()
 
@@ -154,6 +185,8 @@ class Tracker(TorchDispatchMode):
             return func(*args, **kwargs)  # what a fake tensor's attributes ask for
         name = func.overloadpacket.__name__
         self._find_phase(name)
+        if self._watcher is not None:
+            self._watcher.started(name, args)
         fresh = name == "lift_fresh"
         for tensor in tensors_in(args):
             self._charge(tensor, inside=fresh)
@@ -207,6 +240,8 @@ class Tracker(TorchDispatchMode):
             ledger.existing += charge.nbytes
             ledger.peak += charge.nbytes
             ledger.peak_by_category[category] += charge.nbytes
+        if self._watcher is not None:
+            self._watcher.made(charge, tensor)
         return charge
 
     def _ledger_of(self, device: str) -> Ledger:
@@ -229,6 +264,8 @@ class Tracker(TorchDispatchMode):
         history = reference.ledger.history
         if history is not None:
             history.ended(reference.since, reference.nbytes, reference.category)
+        if self._watcher is not None:
+            self._watcher.gone(reference)
         reference.ledger.live -= reference.nbytes
         reference.ledger.by_category[reference.category] -= reference.nbytes
 
@@ -242,6 +279,8 @@ class Tracker(TorchDispatchMode):
         if history is not None:
             history.ended(charge.since, charge.nbytes, charge.category)
             charge.since = history.began()
+        if self._watcher is not None:
+            self._watcher.resized(charge, nbytes)
         charge.ledger.live += nbytes - charge.nbytes
         charge.ledger.by_category[charge.category] += nbytes - charge.nbytes
         charge.nbytes = nbytes
@@ -263,6 +302,8 @@ class Tracker(TorchDispatchMode):
         for ledger in self.ledgers.values():
             ledger.settle(self.phase, operator, scratch)
             ledger.note(self.phase)
+        if self._watcher is not None:
+            self._watcher.settled(self.ledgers.values(), operator, scratch)
 
     # ---- parameters, gradients, optimizer --------------------------------------------------
 
@@ -299,6 +340,8 @@ class Tracker(TorchDispatchMode):
             # A step made by a hook is over before the backward it was made in.
             in_backward = torch._C._current_graph_task_id() != -1
             self.phase = self._phase_before if in_backward else "after optimizer step"
+        if self._watcher is not None:
+            self._watcher.stepped(optimizer)
 
     # ---- phases ----------------------------------------------------------------------------
 
@@ -338,3 +381,5 @@ class Tracker(TorchDispatchMode):
                 self._move(charge, "saved")
         for ledger in self.ledgers.values():
             ledger.retained = max(ledger.retained, ledger.by_category["saved"])
+        if self._watcher is not None:
+            self._watcher.forward_ended(self._charges.values())
