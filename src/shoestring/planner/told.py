@@ -16,9 +16,7 @@ _ITEMS = 6  # most items of a list
 
 def told(plan: "Plan") -> str:
     """A few lines, without the table."""
-    head = (
-        f"Plan for {plan.model}, {plan.blocks} blocks, within {format_bytes(plan.budget_bytes)}:"
-    )
+    head = f"Plan for {plan.model}, {plan.blocks} blocks, within {format_bytes(plan.budget_bytes)}:"
     rows = [*_of_blocks(plan.spans), *_of_patches(plan)]
     rows.append(("peak", f"{format_bytes(plan.peak_bytes)}, reached in the {plan.instant}"))
     if plan.step_seconds is not None:
