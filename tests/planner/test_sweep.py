@@ -64,8 +64,10 @@ def test_every_peak_is_the_promise_that_a_measured_step_keeps(swept):
 def test_recipes_are_simulated_and_a_measured_step_keeps_to_them(swept):
     model, batch, plans, _, found = swept
     peaks = {r.name: r.peak_bytes for r in found.recipes}
-    assert {"plain", "checkpoint every block", "checkpoint every other block",
-            "nested, segments of 2", "selective checkpoint, attention kept"} <= set(peaks)  # fmt: skip
+    assert set(peaks) >= {
+        "plain", "checkpoint every block", "checkpoint every other block",
+        "nested, segments of 2", "selective checkpoint, attention kept",
+    }  # fmt: skip
     for recipe in recipes(plans.planner)[:4]:
         chosen = plans._plan(recipe.choice, 1 << 30)
         assert chosen.peak_bytes == peaks[recipe.name]

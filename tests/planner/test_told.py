@@ -8,8 +8,10 @@ from shoestring.stack import Span
 
 
 def made(spans, patches=(), **more):
-    known = {"budget_bytes": 6 << 30, "peak_bytes": 5 << 30, "by_category": {}, "blocks": 96,
-             "instant": "loss backward", "step_seconds": None, "rows": (), "model": "GPT"}  # fmt: skip
+    known = {
+        "budget_bytes": 6 << 30, "peak_bytes": 5 << 30, "by_category": {}, "blocks": 96,
+        "instant": "loss backward", "step_seconds": None, "rows": (), "model": "GPT",
+    }  # fmt: skip
     return Plan(spans=tuple(spans), patches=tuple(patches), **(known | more))
 
 

@@ -18,20 +18,22 @@ def answer(
         return _smallest_budget(subject)
     from ..planner import largest
 
-    first = subject.plans(subject.batch_size, subject.length, False)
+    def sized(n: int) -> Subject:
+        if question == "batch":
+            return replace(subject, batch_size=n)
+        return replace(subject, length=n)
+
+    most = None if question == "batch" else subject.most_length
+    start = subject.batch_size if question == "batch" else min(subject.length, most or 1 << 62)
+    first = sized(start).plans_now(seconds=False)
     budget = first.limit_bytes(subject.budget)
-    if question == "batch":
-        found = largest(lambda n: subject.plans(n, subject.length, False), budget,
-                        start=subject.batch_size)  # fmt: skip
-        name, unit, most = "batch", "row", None
-        then = replace(subject, batch_size=found.size, budget=budget)
-    else:
-        most = subject.most_length
-        start = subject.length if most is None else min(subject.length, most)
-        found = largest(lambda n: subject.plans(subject.batch_size, n, False), budget,
-                        start=start, least=min(subject.least_length, start), most=most)  # fmt: skip
-        name, unit = "context", "token"
-        then = replace(subject, length=found.size, budget=budget)
+    least = 1 if question == "batch" else min(subject.least_length, start)
+    found = largest(
+        lambda n: first if n == start else sized(n).plans_now(seconds=False), budget,
+        start=start, least=least, most=most,
+    )  # fmt: skip
+    then = replace(sized(found.size), budget=budget)
+    name, unit = ("batch", "row") if question == "batch" else ("context", "token")
     words = (
         f"{'largest' if question == 'batch' else 'longest'} {name}: {_count(found.size, unit)} "
         f"({then.batch_size} x {then.length}), peak {format_bytes(found.peak_bytes)} of "
@@ -50,7 +52,7 @@ def _count(number: int, unit: str) -> str:
 
 
 def _smallest_budget(subject: Subject) -> tuple[dict[str, Any], Subject, str]:
-    plans = subject.plans(subject.batch_size, subject.length, False)
+    plans = subject.plans_now(seconds=False)
     smallest, planner = plans.smallest_bytes, plans.planner
     instant = planner.promise(planner.smallest).instant
     words = (

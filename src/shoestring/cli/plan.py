@@ -145,7 +145,7 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
 
 def _planned(subject: Subject, arguments: Arguments) -> tuple[Any, str | None]:
     """The plan, and where the page was written; the page also where nothing fits."""
-    plans = subject.plans(subject.batch_size, subject.length, True)
+    plans = subject.plans_now()
     try:
         plan = plans(subject.budget)
     except OutOfBudget:

@@ -31,6 +31,10 @@ class Subject:
     most_length: int | None = None
     least_length: int = 2
 
+    def plans_now(self, *, seconds: bool = True) -> "PlanFor":
+        """Its plans at the sizes it has."""
+        return self.plans(self.batch_size, self.length, seconds)
+
 
 def subject_of_model(
     arguments: "Arguments", model: str, *, allow: str = "", rank: int = 0, bits: int = 32
@@ -93,7 +97,7 @@ def plan_of_run(config: RunConfig) -> "Plan":
     if config.plan.file:
         return Plan.from_json(read_plan(config.plan.file))
     subject = subject_of_run(config, "")
-    return subject.plans(subject.batch_size, subject.length, True)(subject.budget)
+    return subject.plans_now()(subject.budget)
 
 
 def _plans_of_run(config: RunConfig, *, seconds: bool) -> "PlanFor":

@@ -134,7 +134,7 @@ def _fit(arguments: "Arguments", model: str, arm: Arm) -> Fit:
     subject = subject_of_model(arguments, model, allow=arm.allow, rank=arm.rank, bits=arm.bits)
     try:
         with subject.scope():
-            plans = subject.plans(subject.batch_size, subject.length, False)
+            plans = subject.plans_now(seconds=False)
             smallest = plans.smallest_bytes
             fits = plans.planner.choose(plans.limit_bytes(subject.budget)) is not None
     except ShoestringError as error:

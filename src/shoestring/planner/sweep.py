@@ -82,9 +82,8 @@ def sweep(plans: PlanFor, budget_bytes: int | None = None, *, points: int = POIN
     unit = _keeping_everything(planner)
     curve = planner.curve
     wanted = [curve[i] for i in thinned([(c.peak_bytes, c.seconds) for c in curve], points)]
-    wanted.append(planner.choose(planner.smallest_bytes) or planner.smallest)
-    if budget_bytes is not None and (chosen := planner.choose(budget_bytes)) is not None:
-        wanted.append(chosen)
+    asked = [planner.smallest_bytes, *([] if budget_bytes is None else [budget_bytes])]
+    wanted += [chosen for budget in asked if (chosen := planner.choose(budget)) is not None]
     found = {c.key: _point(planner, c, planner.promise(c), unit) for c in wanted}
     base = planner.base
     usual = [
