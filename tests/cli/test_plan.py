@@ -134,6 +134,7 @@ def test_max_without_a_name_answers_all_and_plans_nothing(call, models):
     assert text.count("simulated") == 2
 
 
+@pytest.mark.slow  # half a dozen plans, as for a config
 def test_max_of_a_run_uses_its_settings(call, run_file):
     code, [found], _ = call(run_file, "--max", "batch")
     assert code == 0
@@ -187,6 +188,7 @@ def test_a_model_that_does_not_fit_whole_may_with_an_adapter(call, models, needs
     assert found["largest_in_full"]["model"] == str(models[1])
 
 
+@pytest.mark.slow  # planned twice
 def test_fewer_bits_of_frozen_weights_need_less(call, models):
     pytest.importorskip("peft")
     lora = (models[0], *SIZES, "--lora-rank", "4", "--max", "budget")
