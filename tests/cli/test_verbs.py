@@ -146,7 +146,8 @@ def test_plan_works_from_a_config_alone(llama, here):
 
 def test_plan_counts_one_pass_through_the_data(llama, here):
     data = str(here / "notes.txt")
-    length = plan._length(plan.Arguments(model=str(llama), data=data, sequence_length=32))
+    arguments = plan.Arguments(models=(str(llama),), data=data, sequence_length=32)
+    length = plan._length(arguments, plan.subject_of_model(arguments, str(llama)))
     assert length.steps == round((here / "notes.txt").stat().st_size / 4 / 32)
     assert "4 bytes a token assumed" in length.reason
 

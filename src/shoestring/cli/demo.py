@@ -27,8 +27,8 @@ from ..training.config import (
 )
 from ..units import format_bytes, format_seconds
 from .arguments import Common
-from .plan import plan_of_run
 from .progress import Watcher
+from .subjects import plan_of_run
 from .terminal import Terminal
 
 _HELD_OUT = 0.005  # about 9 files, 150 kB: scored whole in seconds

@@ -4,21 +4,24 @@ MODEL is a Hugging Face config.json, a directory with one, a model's name on the
 config is fetched), or a run's TOML file, which is then planned exactly as `train` would: its
 settings stand in the file, so flags for them are refused beside it. Weights are planned in
 float32, whatever the config says of the saved ones, because that is how `train` makes them. No
-weights are read.
+weights are read. Several MODELs are a question of its own: which of them fits, and trained how.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from ..errors import ConfigError
+from ..errors import ConfigError, OutOfBudget
 from ..training.config import RunConfig
 from ..units import format_bytes, format_seconds
 from .arguments import Common
+from .subjects import Subject, subject_of_model, subject_of_run
 from .terminal import Terminal
+
+Question = Literal["batch", "length", "budget"]
 
 _BYTES_PER_TOKEN = 4.0  # where no tokenizer is at hand; English and code lie between 3 and 5
 _SAMPLE_BYTES = 500_000
@@ -28,8 +31,9 @@ _SAMPLE_BYTES = 500_000
 class Arguments(Common):
     """What fits into a byte budget and what it costs, before anything is allocated."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """A config.json, a directory with one, a model's name on the hub, or a RUN.toml."""
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL [MODEL ...]")]
+    """A config.json, a directory with one, a model's name on the hub, or a RUN.toml; of several,
+    which fits, with which adapter and bits."""
     data: str = ""
     """What it will be trained on (as data.source in a run), for the time to finish."""
     budget: str | None = None
@@ -49,14 +53,53 @@ class Arguments(Common):
     """Updates to make, for the time to finish; 0 = once through the data."""
     device: str = "auto"
     """auto (CUDA when there is one, else CPU), cpu, cuda or cuda:N."""
+    max: Annotated[tuple[Question, ...] | None, arg(metavar="[{batch,length,budget} ...]")] = None
+    """The inverse questions: the largest batch, the longest context, the smallest budget; all of
+    them where none is named. With one, the plan is that of its answer."""
+    lora_rank: int | None = None
+    """Plan a LoRA of that rank (by peft) in the place of all weights. Among several models it is
+    what is tried where all weights do not fit: 16 when left out, 0 for never."""
+    bits: Literal[32, 16] = 32
+    """Of the weights that a LoRA leaves frozen; among several models both are tried."""
     save: str = ""
     """Write the plan there as JSON; `train --plan.file` applies it."""
+    page: str = ""
+    """Write a page with a budget slider there: the plan, peak and time of every budget."""
 
     def __post_init__(self) -> None:
         for name, low in (("batch_size", 1), ("sequence_length", 2), ("steps", 0)):
-            if getattr(self, name) < low:
-                value = getattr(self, name)
-                raise ConfigError(f"--{name} {value} cannot be used", expected=f"{low} or more")
+            _at_least(name, getattr(self, name), low)
+        if self.lora_rank is not None:
+            _at_least("lora-rank", self.lora_rank, 0)
+        if not self.models:
+            raise ConfigError("no MODEL is given", expected="a config, a name or a RUN.toml")
+        if self.bits != 32 and not self.lora_rank and len(self.models) == 1:
+            raise ConfigError(f"--bits {self.bits} is given without --lora-rank",
+                              expected="32: weights that are trained are float32")  # fmt: skip
+        several = len(self.models) > 1 or len(self.questions) > 1
+        for name in ("save", "page") if several else ():
+            if getattr(self, name):
+                raise ConfigError(f"--{name} is given where no single plan is asked for",
+                                  expected="one MODEL, and one question at most")  # fmt: skip
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """What --max asks, nothing without it."""
+        return (
+            ("batch", "length", "budget")
+            if self.max == ()
+            else tuple(dict.fromkeys(self.max or ()))
+        )
+
+    @property
+    def model(self) -> str:
+        """The first, and mostly the only one."""
+        return self.models[0]
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise ConfigError(f"--{name} {value} cannot be used", expected=f"{low} or more")
 
 
 @dataclass(frozen=True)
@@ -69,16 +112,73 @@ class _Length:
 
 def run(arguments: Arguments, terminal: Terminal) -> int:
     """Prints the plan; exit code 0, or 3 by OutOfBudget when nothing fits."""
-    if arguments.model.endswith(".toml"):
-        config = _run_config(arguments)
+    if len(arguments.models) > 1:
+        from .which import which_fits
+
+        return which_fits(arguments, terminal)
+    config = _run_config(arguments) if arguments.model.endswith(".toml") else None
+    if config is not None and config.plan.file:
+        return _show_file(config, arguments, terminal)
+    subject = (
+        subject_of_model(arguments, arguments.model, rank=arguments.lora_rank or 0,
+                         bits=arguments.bits)
+        if config is None else subject_of_run(config, arguments.model)
+    )  # fmt: skip
+    answers: dict[str, Any] = {}
+    with subject.scope():
+        for question in arguments.questions:
+            from .inverse import answer
+
+            with terminal.progress.status(f"looking for the answer to --max {question}"):
+                answers[question], found, words = answer(question, subject)
+            terminal.say(words)
+        if len(answers) > 1:
+            terminal.emit({"max": answers})
+            return 0
+        subject = found if answers else subject
         with terminal.progress.status("measuring one block at a time"):
-            plan = plan_of_run(config)
-        length: _Length | None = _Length(config.run.steps, "run.steps")
-    else:
-        with terminal.progress.status("measuring one block at a time"):
-            plan = _plan_of_model(arguments)
-        length = _length(arguments)
-    _show(plan, length, arguments, terminal)
+            plan, page = _planned(subject, arguments)
+    length = _Length(config.run.steps, "run.steps") if config else _length(arguments, subject)
+    _show(plan, length, arguments, terminal, {"max": answers or None, "page": page})
+    return 0
+
+
+def _planned(subject: Subject, arguments: Arguments) -> tuple[Any, str | None]:
+    """The plan, and where the page was written; the page also where nothing fits."""
+    plans = subject.plans_now()
+    try:
+        plan = plans(subject.budget)
+    except OutOfBudget:
+        _page(plans, subject, arguments)
+        raise
+    return plan, _page(plans, subject, arguments)
+
+
+def _page(plans: Any, subject: Subject, arguments: Arguments) -> str | None:
+    if not arguments.page:
+        return None
+    import torch
+
+    from ..planner import sweep
+    from ..report.budget import write_budget_page
+    from ..training.receipt import environment
+
+    known = environment(torch.device(plans.planner.base.device))
+    found = sweep(plans, plans.limit_bytes(subject.budget)).data()
+    versions = ", ".join(f"{name} {value}" for name, value in known["versions"].items())
+    name = Path(subject.name).name if Path(subject.name).exists() else subject.name
+    return str(write_budget_page({**found, "versions": versions}, Path(arguments.page), title=name))
+
+
+def _show_file(config: RunConfig, arguments: Arguments, terminal: Terminal) -> int:
+    """A run that brings its plan: nothing is planned."""
+    from .subjects import plan_of_run
+
+    for flag in ("page", "max"):
+        if getattr(arguments, flag) not in ("", None):
+            raise ConfigError(f"--{flag} is given beside plan.file = {config.plan.file!r}",
+                              expected="a run that is to be planned")  # fmt: skip
+    _show(plan_of_run(config), _Length(config.run.steps, "run.steps"), arguments, terminal, {})
     return 0
 
 
@@ -96,8 +196,6 @@ _IN_A_RUN = {
 
 
 def _run_config(arguments: Arguments) -> RunConfig:
-    from dataclasses import replace
-
     for name, setting in _IN_A_RUN.items():
         value = getattr(arguments, name)
         if value != getattr(Arguments, name):
@@ -107,6 +205,9 @@ def _run_config(arguments: Arguments) -> RunConfig:
                 expected=f"{setting} in the file: a run is planned as train would",
                 hint=f"Set {setting} in the file.",
             )
+    if arguments.lora_rank:
+        raise ConfigError(f"--lora-rank is given beside {arguments.model}",
+                          expected="a model's config: train trains all weights")  # fmt: skip
     config = RunConfig.load(Path(arguments.model))
     budget = arguments.budget or config.run.budget
     if budget == "none":
@@ -116,86 +217,7 @@ def _run_config(arguments: Arguments) -> RunConfig:
     return replace(config, run=replace(config.run, budget=budget))
 
 
-def plan_of_run(config: RunConfig) -> Any:
-    """The plan that `train` would make, without its data: rows of ids are all alike."""
-    import torch
-
-    from ..data import load_tokenizer
-    from ..training.distributed import world
-    from ..training.optimizer import optimizer_factory
-    from ..training.planning import make_plan
-    from ..training.prepare import Builder, loss_function
-
-    length, data = config.data.sequence_length, config.data
-    tokenizer: Any = _Vocabulary(1 if config.model.name else data.vocabulary)
-    if data.tokenizer != "auto":
-        tokenizer = load_tokenizer(data.tokenizer)
-    with world(config.run.device) as alone:
-        builder = Builder(config.model, length=length, tokenizer=tokenizer, device=alone.device)
-        ids = torch.zeros(data.batch_size, length, dtype=torch.long, device=alone.device)
-        return make_plan(
-            config, builder.sketch, {"input_ids": ids, "labels": ids.clone()},
-            loss=loss_function(config, alone.device),
-            optimizer=optimizer_factory(config.optim, alone.device), world=alone,
-        )  # fmt: skip
-
-
-class _Vocabulary:
-    """Stands for a tokenizer that does not exist yet: only its size decides bytes."""
-
-    bos_token_id = eos_token_id = pad_token_id = None
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def get_vocab(self) -> dict[str, int]:
-        """The highest id is all that is asked for."""
-        return {"": self._size - 1}
-
-
-def _plan_of_model(arguments: Arguments) -> Any:
-    import torch
-
-    from ..planner import plan_config
-    from ..training.distributed import pick_device
-
-    device, config = pick_device(arguments.device), _model_config(arguments.model)
-    config.dtype = torch.float32
-    with torch.device(device):
-        return plan_config(
-            config,
-            batch_size=arguments.batch_size,
-            sequence_length=arguments.sequence_length,
-            budget=arguments.budget or "auto",
-            allow=arguments.allow,
-            optimizer=_sgd if arguments.optimizer == "sgd" else None,
-            autocast=torch.bfloat16 if arguments.precision == "bf16" else None,
-        )
-
-
-def _sgd(parameters: Any) -> Any:
-    import torch
-
-    return torch.optim.SGD(parameters, lr=1e-3)
-
-
-def _model_config(model: str) -> Any:
-    """A Hugging Face config object from a path or a name; no weights are touched."""
-    from transformers import AutoConfig
-
-    from ..models import gpt  # noqa: F401 - makes our own model type known
-
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"no model config can be had from {model!r}: {str(error).splitlines()[0]}",
-            expected="a config.json, its directory, a model's name that can be reached, or a "
-            "RUN.toml",
-        ) from error
-
-
-def _length(arguments: Arguments) -> _Length | None:
+def _length(arguments: Arguments, subject: Subject) -> _Length | None:
     """Steps that were asked for, or one pass through the data; None when neither is known."""
     if arguments.steps:
         return _Length(arguments.steps, "--steps")
@@ -207,7 +229,7 @@ def _length(arguments: Arguments) -> _Length | None:
     size = sum(len(document.content()) for document in source)
     per_token, reason = _bytes_per_token(arguments.model, source)
     tokens = size / per_token
-    steps = max(1, round(tokens / (arguments.batch_size * arguments.sequence_length)))
+    steps = max(1, round(tokens / (subject.batch_size * subject.length)))
     return _Length(steps, f"once through {format_bytes(size)} of {source.name}, {reason}")
 
 
@@ -227,7 +249,10 @@ def _bytes_per_token(model: str, source: Any) -> tuple[float, str]:
     return per_token, f"{per_token:.2f} bytes a token measured on a sample"
 
 
-def _show(plan: Any, length: _Length | None, arguments: Arguments, terminal: Terminal) -> None:
+def _show(
+    plan: Any, length: _Length | None, arguments: Arguments, terminal: Terminal,
+    more: dict[str, Any],
+) -> None:  # fmt: skip
     import json
 
     if arguments.save:
@@ -243,7 +268,7 @@ def _show(plan: Any, length: _Length | None, arguments: Arguments, terminal: Ter
     record |= {"budget_bytes": plan.budget_bytes}
     record |= {"by_category": dict(plan.by_category), "table": plan.table().data}
     record |= {"steps": length.steps if length else None, "seconds_to_finish": finish}
-    terminal.emit(record)
+    terminal.emit(record | {key: value for key, value in more.items() if value})
     terminal.say(str(plan), "", str(plan.table()), "", _categories(plan))
     if length is not None and finish is not None:
         terminal.say(f"{length.steps:,} steps ({length.reason}): {format_seconds(finish)}")

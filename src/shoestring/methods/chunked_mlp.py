@@ -314,11 +314,12 @@ def _why_not_by_trial(module: nn.Module, linear: list[nn.Module]) -> str | None:
     """Run PROBE_ROWS rows: the operators must be token-wise, and so must the numbers."""
     weight = next(linear[0].parameters())
     widths = {w for leaf in linear for w in _widths(leaf)}
+    first = _widths(linear[0])  # likely that of its input; adapters have smaller ones
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     state = torch.get_rng_state()
     try:
-        for width in sorted(widths):
+        for width in sorted(widths, key=lambda w: (w not in first, w)):
             x = _probe(weight, width)
             witness = _Witness(PROBE_ROWS)
             try:

@@ -164,11 +164,11 @@ def fake_model(model_or_config: Any, mode: FakeTensorMode) -> nn.Module:
     model_or_config = config_of(model_or_config)
     with mode:
         if hasattr(model_or_config, "model_type"):
-            return _build(model_or_config)
+            return built(model_or_config)
         if callable(model_or_config):
-            built = model_or_config()
-            if isinstance(built, nn.Module):
-                return built
+            made = model_or_config()
+            if isinstance(made, nn.Module):
+                return made
     raise ConfigError(
         f"cannot make a model of {type(model_or_config).__name__}",
         expected="a torch.nn.Module, a Hugging Face config, a path to one, or a callable",
@@ -221,7 +221,8 @@ def class_of(config: Any) -> type[nn.Module]:
     return kind
 
 
-def _build(config: Any) -> nn.Module:
+def built(config: Any) -> nn.Module:
+    """A model of a config, in its dtype; fake under a fake mode."""
     kind = class_of(config)
     dtype = getattr(config, "dtype", None) or torch.float32
     before = torch.get_default_dtype()

@@ -93,11 +93,15 @@ class PlanFor:
         """The smallest budget that works."""
         return self.planner.smallest_bytes
 
-    def __call__(self, budget: int | str) -> Plan:
-        """The plan for a budget. Raises OutOfBudget."""
+    def limit_bytes(self, budget: int | str) -> int:
+        """A budget in bytes: "auto" is what the device has free for this model."""
         given = self.planner.step.model
         device = self.planner.base.device
-        limit = budget_bytes(budget, given if isinstance(given, nn.Module) else None, device)
+        return budget_bytes(budget, given if isinstance(given, nn.Module) else None, device)
+
+    def __call__(self, budget: int | str) -> Plan:
+        """The plan for a budget. Raises OutOfBudget."""
+        limit = self.limit_bytes(budget)
         choice = self.planner.choose(limit)
         if choice is None:
             raise out_of_budget(self.planner, limit)
@@ -163,9 +167,17 @@ def plan_config(
 
 
 def planner_for_config(
-    config: Any, *, batch_size: int, sequence_length: int, **settings: Any
+    config: Any,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    build: Callable[[], nn.Module] | None = None,
+    **settings: Any,
 ) -> PlanFor:
-    """As `plan_config`, for several budgets."""
+    """As `plan_config`, for several budgets.
+
+    build: makes what is trained in the place of the config's model (such as `adapters.lora`).
+    """
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} = {value!r}", expected="a positive integer")
@@ -176,4 +188,4 @@ def planner_for_config(
     config = config_of(config)
     if settings.get("loss") is None:
         refuse_other_kinds(class_of(config))
-    return planner(config, batch, **settings)
+    return planner(build or config, batch, **settings)

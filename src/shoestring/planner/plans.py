@@ -32,6 +32,7 @@ from ..units import format_bytes, format_seconds
 from .given import Loss, loss_of
 from .in_place import InPlace, has_moved_weights, note_of, put, take_out
 from .made_for import Guard, Larger, MadeFor
+from .told import told
 from .ways import Way, optimizer_for, stack_of
 
 log = logging.getLogger("shoestring")
@@ -252,19 +253,7 @@ class Plan:
         return Table((*self.rows, mine), self.budget_bytes)
 
     def __str__(self) -> str:
-        lines = [f"Plan for {self.model}, {self.blocks} blocks, within "
-                 f"{format_bytes(self.budget_bytes)}:"]  # fmt: skip
-        for way in self.patches:
-            lines.append(f"  {way.label}")
-        for span in self.spans:
-            settings = ", ".join(f"{k}={v}" for k, v in span.config.items())
-            lines.append(
-                f"  blocks {span.start}-{span.stop - 1}: {span.method} {settings}".rstrip()
-            )
-        lines.append(f"  peak {format_bytes(self.peak_bytes)}, reached in the {self.instant}")
-        if self.step_seconds is not None:
-            lines.append(f"  {format_seconds(self.step_seconds)} a step")
-        return "\n".join(lines)
+        return told(self)
 
     # -- as JSON ---------------------------------------------------------------------------------
 

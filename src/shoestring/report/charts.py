@@ -48,7 +48,8 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axes:
-    """Ranges and words of a chart. phases: (name, first x) of stretches of the x axis."""
+    """Ranges and words of a chart. phases: (name, first x) of stretches of the x axis.  over:
+    what lies over the picture, placed in percent of it."""
 
     title: str
     x: Range
@@ -60,6 +61,7 @@ class Axes:
     phases: Sequence[tuple[str, float]] = ()
     levels: Sequence[Level] = field(default_factory=tuple)
     is_small: bool = False
+    over: Html = field(default_factory=Html)
 
 
 def line_chart(series: Sequence[Series], axes: Axes) -> Html:
@@ -186,7 +188,7 @@ def _figure(drawn: Html, axes: Axes, series: Sequence[Series]) -> Html:
         "figure",
         head,
         tag("div", *y_names, cls="y", aria_hidden="true"),
-        tag("div", picture, *marks, cls="area", data_points=_told(series, axes)),
+        tag("div", picture, *marks, axes.over, cls="area", data_points=_told(series, axes)),
         _phases(axes) if axes.phases else tag("div", *x_names, cls="x", aria_hidden="true"),
         Html() if axes.is_small else tag("div", axes.x_name, cls="x-name"),
         cls="chart small" if axes.is_small else "chart",

@@ -10,6 +10,7 @@ import re
 # Control characters, which HTML does not allow, and halves of surrogate pairs, which no file can
 # hold; both can be written in JSON.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_VOID = ("input",)  # what has no content has no end
 
 
 class Html(str):
@@ -32,6 +33,8 @@ def join(*parts: str) -> Html:
 
 def tag(name: str, *children: str, **attributes: str | None) -> Html:
     """An element. `cls` is its class, and `data_x` its data-x; an attribute of None is left out."""
+    assert name not in _VOID or not children
     named = {key.replace("cls", "class").replace("_", "-"): v for key, v in attributes.items()}
     written = "".join(f' {key}="{escaped(v)}"' for key, v in named.items() if v is not None)
-    return Html(f"<{name}{written}>{join(*children)}</{name}>")
+    end = "" if name in _VOID else f"{join(*children)}</{name}>"
+    return Html(f"<{name}{written}>{end}")

@@ -28,6 +28,18 @@ class Step:
     instants: int
     is_cut: bool
 
+    def thinned(self, stretches: int) -> "Step":
+        """The same with the highest and the lowest instant of at most so many stretches."""
+        totals, n = self.totals, len(self.at)
+        every = -(-n // stretches)
+        kept = {0, n - 1}
+        for start in range(0, n, every):
+            part = range(start, min(start + every, n))
+            kept |= {max(part, key=totals.__getitem__), min(part, key=totals.__getitem__)}
+        order = sorted(kept)
+        held = {name: [row[i] for i in order] for name, row in self.held.items()}
+        return replace(self, at=[self.at[i] for i in order], held=held)
+
     @property
     def totals(self) -> list[float]:
         return [sum(column) for column in zip(*self.held.values(), strict=True)]
@@ -107,10 +119,10 @@ def _pair(each: Drawn, measured: Step | None, predicted: Step | None, names: Seq
     if budget is not None and top > 0 and budget <= FAR * top:
         levels.append(Level(f"budget {size(budget)}", "--budget", budget))
         top = max(top, budget)
-    y, unit, scale = _scale(top)
+    y, unit, scale = scale_of(top)
     levels = [replace(level, y=level.y / scale) for level in levels]
     charts = [
-        _chart(what, step, names, y, unit, scale, levels)
+        step_chart(what, step, names, y, unit, scale, levels)
         for what, step in (("Measured", measured), ("Predicted", predicted))
         if step is not None
     ]
@@ -131,16 +143,17 @@ def _pair(each: Drawn, measured: Step | None, predicted: Step | None, names: Seq
     return join(head, tag("div", *charts, cls="pair" if len(charts) == 2 else "single"), note)
 
 
-def _scale(top: float) -> tuple[Range, str, int]:
+def scale_of(top: float) -> tuple[Range, str, int]:
     """The axis of all pictures, its unit, and the unit's bytes."""
     scale, unit = next((pair for pair in UNITS if top >= pair[0]), UNITS[-1])
     return spanning([0.0, top / scale * 1.06], from_zero=True), unit, scale
 
 
-def _chart(
+def step_chart(
     what: str, step: Step, names: Sequence[str], y: Range, unit: str, scale: int,
-    levels: Sequence[Level],
+    levels: Sequence[Level] = (), over: Html | None = None,
 ) -> Html:  # fmt: skip
+    """One step from instant to instant, stacked by category. over: what lies over the picture."""
     series = [
         Series(name, category_colour(name), step.at, [value / scale for value in step.held[name]])
         for name in names
@@ -155,5 +168,6 @@ def _chart(
         y_unit=unit,
         phases=step.phases,
         levels=levels,
+        over=over or Html(),
     )
     return area_chart(series, axes)

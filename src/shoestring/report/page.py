@@ -1,17 +1,11 @@
-"""The report page put together: one file that loads nothing and needs no script to be read.
+"""The report page put together: what runs leave behind, section by section."""
 
-Style and script stand in it as they are; a content policy names the script by its hash, so that
-nothing else in the page can run, and forbids every load.
-"""
-
-import base64
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 from .charts import swatch
-from .markup import Html, escaped, join, tag
+from .document import document
+from .markup import Html, join, tag
 from .memory import memory
 from .plans import COLOURS, method_colours, plan
 from .progress import TRAINING, Drawn, curves
@@ -30,7 +24,7 @@ def page(runs: Sequence[RunRecord]) -> str:
     drawn = _drawn(runs)
     title = drawn[0].name if len(runs) == 1 else f"{len(runs)} runs"
     body = join(_header(drawn, title), tag("main", *_sections(drawn)), _footer(runs))
-    return _document(f"{title} - Shoestring report", body)
+    return document(f"{title} - Shoestring report", body)
 
 
 def _sections(drawn: Sequence[Drawn]) -> Iterable[Html]:
@@ -38,7 +32,7 @@ def _sections(drawn: Sequence[Drawn]) -> Iterable[Html]:
     yield _receipt(drawn)
     yield _section("Progress", "progress", curves(drawn))
     yield _section("Memory of one update", "memory", tag("div", memory(drawn), cls="stack"))
-    colours = method_colours(runs)
+    colours = method_colours(run.plan for run in runs)
     yield _section("Plan", "plan", *_each(drawn, lambda run: plan(run, colours)))
     yield _section("Samples", "samples", *_each(drawn, _samples))
     yield _section("Settings", "settings", _settings(drawn))
@@ -230,33 +224,9 @@ def _machine(run: RunRecord) -> dict[str, str]:
     return found
 
 
-# ---- the document -------------------------------------------------------------------------------
+# ---- the end ------------------------------------------------------------------------------------
 
 
 def _footer(runs: Sequence[RunRecord]) -> Html:
     where = [tag("li", str(run.directory)) for run in runs]
     return tag("footer", tag("p", "Made by shoestring report from"), tag("ul", *where))
-
-
-def _document(title: str, body: Html) -> str:
-    style, script = _file("style.css"), _file("page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    head = (
-        '<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escaped(title)}</title>\n<style>\n{style}</style>"
-    )
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n'
-        f"<script>{script}</script>\n</body>\n</html>\n"
-    )
-
-
-def _file(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")

@@ -14,19 +14,24 @@ _RANGES = 12  # most ranges of blocks that are listed for one method
 _CELLS = 400  # more blocks than this are drawn as whole spans
 
 
-def method_colours(runs: Sequence[RunRecord]) -> dict[str, str]:
-    """A colour for every method on the page, the same in every strip."""
+def method_colours(plans: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """A colour for every way to run a block on the page, the same in every strip."""
     names: dict[str, None] = {}
-    for run in runs:
-        names |= dict.fromkeys(name for name, *_ in _spans(run.plan))
+    for each in plans:
+        names |= dict.fromkeys(way(name, config) for name, _, _, config in _spans(each))
     return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+
+
+def way(method: str, config: Mapping[str, Any]) -> str:
+    """A method with those of its settings that are words: numbers say where, not how."""
+    return ", ".join([method, *(value for value in config.values() if isinstance(value, str))])
 
 
 def plan(run: RunRecord, colours: Mapping[str, str]) -> Html:
     """One run's plan, or a word that it had none."""
     if not run.plan:
         return tag("p", "This run had no plan.", cls="nothing")
-    return join(_strip(run, colours), _patches(run.plan), _alternatives(run.plan))
+    return join(strip(run.plan, colours), patches(run.plan), _alternatives(run.plan))
 
 
 def _spans(plan: Mapping[str, Any]) -> Iterator[_Span]:
@@ -38,14 +43,15 @@ def _spans(plan: Mapping[str, Any]) -> Iterator[_Span]:
             yield name, int(start), int(stop), mapping(span, "config")
 
 
-def _strip(run: RunRecord, colours: Mapping[str, str]) -> Html:
-    spans = sorted(_spans(run.plan), key=lambda span: span[1])
-    blocks = int(number(run.plan, "blocks") or 0)
+def strip(plan: Mapping[str, Any], colours: Mapping[str, str]) -> Html:
+    """Its blocks from the first to the last, coloured by how they are run, and in words."""
+    spans = sorted(_spans(plan), key=lambda span: span[1])
+    blocks = int(number(plan, "blocks") or 0)
     end = max([blocks, *(stop for _, _, stop, _ in spans)])
     if end <= 0:
         return tag("p", "The plan names no blocks.", cls="nothing")
     cells = [_cell(name, start, stop, end, config, colours) for name, start, stop, config in spans]
-    words = [_used(name, config, ranges, colours) for (name, config), ranges in _uses(spans)]
+    words = [_used(*key, ranges, colours) for key, ranges in _uses(spans)]
     ends = tag("div", tag("span", "first block"), tag("span", "last block"), cls="strip-ends")
     return join(
         tag("div", *cells, cls="strip", role="img", aria_label="method of every block"),
@@ -54,11 +60,14 @@ def _strip(run: RunRecord, colours: Mapping[str, str]) -> Html:
     )
 
 
-def _uses(spans: Sequence[_Span]) -> Iterable[tuple[tuple[str, str], list[tuple[int, int]]]]:
+_Use = tuple[str, str, str]  # method, settings in words, what its colour goes by
+
+
+def _uses(spans: Sequence[_Span]) -> Iterable[tuple[_Use, list[tuple[int, int]]]]:
     """Every method with its settings, and the ranges of blocks it is used for."""
-    uses: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    uses: dict[_Use, list[tuple[int, int]]] = {}
     for name, start, stop, config in spans:
-        ranges = uses.setdefault((name, settings(config)), [])
+        ranges = uses.setdefault((name, settings(config), way(name, config)), [])
         if ranges and ranges[-1][1] == start:
             ranges[-1] = (ranges[-1][0], stop)
         else:
@@ -67,7 +76,7 @@ def _uses(spans: Sequence[_Span]) -> Iterable[tuple[tuple[str, str], list[tuple[
 
 
 def _used(
-    name: str, config: str, ranges: Sequence[tuple[int, int]], colours: Mapping[str, str]
+    name: str, config: str, kind: str, ranges: Sequence[tuple[int, int]], colours: Mapping[str, str]
 ) -> Html:
     blocks = sum(stop - start for start, stop in ranges)
     where = ", ".join(numbers(*each) for each in ranges[:_RANGES])
@@ -75,7 +84,7 @@ def _used(
         where += ", ..."
     word = "block" if blocks == 1 else "blocks"
     return tag(
-        "li", swatch(colours[name]), tag("b", name), f" {blocks:,} {word}: {where}", _aside(config)
+        "li", swatch(colours[kind]), tag("b", name), f" {blocks:,} {word}: {where}", _aside(config)
     )
 
 
@@ -86,7 +95,7 @@ def _cell(
     blocks = [tag("i") for _ in range(start, stop)] if end <= _CELLS else [tag("i")]
     # Half a pixel more, or rounding leaves a gap before the next one.
     style = f"left:{percent(start / end)};width:calc({percent((stop - start) / end)} + 0.5px);"
-    style += f"--method:var({colours[name]})"
+    style += f"--method:var({colours[way(name, config)]})"
     title = f"{name}, blocks {numbers(start, stop)} {settings(config)}".strip()
     return tag("div", *blocks, title=title, style=style)
 
@@ -101,11 +110,16 @@ def _aside(words: str) -> Html:
 
 
 def settings(config: Mapping[str, Any]) -> str:
-    """Settings of a method in one line."""
-    return ", ".join(f"{key} = {value}" for key, value in config.items())
+    """Settings of a method in one line; long lists by their length."""
+    return ", ".join(f"{key} = {_setting(value)}" for key, value in config.items())
 
 
-def _patches(plan: Mapping[str, Any]) -> Html:
+def _setting(value: Any) -> str:
+    return f"{len(value)} entries" if isinstance(value, list) and len(value) > 8 else str(value)
+
+
+def patches(plan: Mapping[str, Any]) -> Html:
+    """What is done beside the blocks."""
     found = [each for each in items(plan, "patches") if text(each, "method")]
     if not found:
         return tag("p", "Loss and modules run as they are.", cls="note")

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import ConfigError, OutOfBudget
 from ..meter import Tracker
 from ..objectives.next_token import Batch
-from ..planner import Plan, plan
+from ..planner import Plan, PlanFor, planner
 from ..planner.budget import automatic
 from ..planner.fake import fake_batch, fake_model
 from ..planner.quick import QuickFakeMode
@@ -41,26 +41,41 @@ def make_plan(
     OutOfBudget when nothing fits.
     """
     if config.plan.file:
-        return Plan.from_json(_read(Path(config.plan.file)))
+        return Plan.from_json(read_plan(config.plan.file))
     if config.run.budget == "none":
         return None
     text = ""
     if world.is_first:
-        text = plan(
-            build,
-            _with_waiting(batch, config, build),
-            budget=_budget(config, world),
-            optimizer=optimizer,
-            allow=_methods(config, world),
-            hands_over=() if world.size > 1 else HANDED_OVER,
-            loss=_as_in_update(loss),
-            # DDP keeps gradients in its buckets from step to step; a second microbatch finds
-            # those of the first, which is the same to the planner.
-            accumulate=max(config.optim.accumulate, 2 if world.size > 1 else 1),
-            # Whether or not they are clipped, the norm of all gradients is taken.
-            grad_clip=config.optim.grad_clip or 1.0,
-        ).to_json()
+        plans = plans_of_run(config, build, batch, loss=loss, optimizer=optimizer, world=world)
+        text = plans(budget_of_run(config, world)).to_json()
     return Plan.from_json(world.share(text))
+
+
+def plans_of_run(
+    config: RunConfig,
+    build: Build,
+    batch: Batch,
+    *,
+    loss: LossFunction,
+    optimizer: OptimizerFactory,
+    world: World,
+    seconds: bool = True,
+) -> PlanFor:
+    """The plans of a run for any budget, whatever its own and its plan.file are."""
+    return planner(
+        build,
+        _with_waiting(batch, config, build),
+        optimizer=optimizer,
+        allow=_methods(config, world),
+        hands_over=() if world.size > 1 else HANDED_OVER,
+        loss=_as_in_update(loss),
+        seconds=seconds,
+        # DDP keeps gradients in its buckets from step to step; a second microbatch finds
+        # those of the first, which is the same to the planner.
+        accumulate=max(config.optim.accumulate, 2 if world.size > 1 else 1),
+        # Whether or not they are clipped, the norm of all gradients is taken.
+        grad_clip=config.optim.grad_clip or 1.0,
+    )
 
 
 _WAITING = "waiting"
@@ -171,7 +186,8 @@ def evaluation_bytes(
     return tracker.ledger.peak
 
 
-def _budget(config: RunConfig, world: World) -> int | str:
+def budget_of_run(config: RunConfig, world: World) -> int | str:
+    """run.budget as one process has it: what is free is shared by those of one machine."""
     if config.run.budget != "auto":
         return config.run.budget
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world.device.type == "cpu" else 1
@@ -204,7 +220,9 @@ def _methods(config: RunConfig, world: World) -> str | list[str]:
     return [name for name in only or names if name not in never]
 
 
-def _read(path: Path) -> str:
+def read_plan(file: str) -> str:
+    """The text of plan.file. ConfigError when it cannot be read."""
+    path = Path(file)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
