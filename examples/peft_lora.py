@@ -36,14 +36,15 @@ def make_batches(count: int) -> list[dict[str, torch.Tensor]]:
 def train(model: PeftModel, batches: list[dict[str, torch.Tensor]]) -> list[float]:
     torch.manual_seed(1)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
-    losses = []
-    for batch in batches:
+
+    def step(batch: dict[str, torch.Tensor]) -> float:
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-    return losses
+        return loss.item()
+
+    return [step(batch) for batch in batches]
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def main() -> None:
     plan.apply(model)
     print(plan)
     losses = train(model, batches)
-    verified = plan.verify(lambda: train(model, batches[:2]))
+    verified = plan.verify(lambda: train(model, batches[:1] * 2))
 
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
