@@ -10,6 +10,7 @@ from torch import nn
 from doctor import patients
 from shoestring import Doctor, Meter, Span, Stack
 from shoestring.methods import apply_spans, method
+from shoestring.ops.chunked_loss import linear_cross_entropy
 
 CLOSE = 0.03
 
@@ -53,6 +54,30 @@ def test_a_loss_that_wins_gets_chunks_and_they_save_what_was_said():
     assert advice.saving_bytes == pytest.approx(saved, rel=CLOSE)
     assert saved > found.peak_bytes / 4
     assert advice.peak_bytes == pytest.approx(after, rel=CLOSE)
+
+
+def test_a_loss_of_the_loop_that_wins_gets_the_function_and_it_saves_at_least_that():
+    torch.manual_seed(0)
+    model, ids = patients.Plain(vocabulary=8192, blocks=2), patients.ids(2, 512, 8192)
+    optimizer = patients.adamw(model)
+    found = examined(patients.loop_loss(model, optimizer, ids), model, optimizer)
+    assert found.instant == "loss backward"
+    advice = advice_of(found, "linear_cross_entropy")
+    assert found.advice[0] is advice
+
+    def step():
+        hidden = model.embed(ids)
+        for block in model.blocks:
+            hidden = block(hidden)
+        loss = linear_cross_entropy(hidden.flatten(0, 1), model.head.weight, ids.flatten())
+        del hidden
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    saved = found.peak_bytes - measured(step, model, optimizer)
+    assert advice.saving_bytes <= saved
+    assert advice.saving_bytes == pytest.approx(saved, rel=CLOSE)
 
 
 @pytest.mark.parametrize("has_own_loss", [True, False])

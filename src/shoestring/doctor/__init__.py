@@ -2,9 +2,10 @@
 would lower the peak by how much.
 
 watch sees (through the meter's Tracker), facts tells, trial simulates a change, measured takes
-tensors out of what was seen, advice prescribes; context is the door in Python, script and child
-the one of the command line, process what can be seen of another process. Imported when first
-used: the command line waits for a script in a process without torch.
+tensors out of what was seen, advice prescribes (free: what costs nothing, paid: the rest); context
+is the door in Python, script and child the one of the command line, process what can be seen of
+another process. Imported when first used: the command line waits for a script in a process without
+torch.
 """
 
 from importlib import import_module

@@ -114,7 +114,7 @@ def _from(trace: TracebackType | None, script: str) -> TracebackType | None:
 def _code(stop: SystemExit) -> int:
     if stop.code is None or isinstance(stop.code, int):
         return stop.code or 0
-    print(stop.code, file=sys.stderr)  # noqa: T201, as Python does
+    sys.stderr.write(f"{stop.code}\n")  # as Python does
     return 1
 
 
