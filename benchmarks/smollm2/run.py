@@ -182,9 +182,7 @@ def main() -> None:
         with tempfile.NamedTemporaryFile("r", suffix=".json") as out:
             command = [sys.executable, __file__, "--row", str(number), "--out", out.name]
             command += ["--smoke"] if given.smoke else []
-            subprocess.run(
-                command, check=True, env={**os.environ, **tuned_environment(torch.device("cpu"))}
-            )
+            subprocess.run(command, check=True, env={**os.environ, **tuned_environment()})
             found.append(json.load(out))
         print(json.dumps(found[-1]), flush=True)
     result = {

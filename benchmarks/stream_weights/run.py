@@ -167,7 +167,7 @@ def run_arm(
 def in_process(job: str, arm: str, settings: list[str]) -> dict[str, Any]:
     command = [sys.executable, __file__, "--arm", job, arm, *settings]
     with tempfile.NamedTemporaryFile("r", suffix=".json") as out:
-        environment = {**os.environ, **tuned_environment(torch.device("cpu"))}
+        environment = {**os.environ, **tuned_environment()}
         subprocess.run([*command, "--out", out.name], check=True, env=environment)
         return dict(json.load(out))
 
