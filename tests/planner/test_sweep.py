@@ -79,6 +79,8 @@ def test_recipes_do_not_depend_on_what_plans_are_allowed():
     plans = planner(model, batch, seconds=False, allow="bitwise")
     found = sweep(plans, points=2)
     peaks = {r.name: r.peak_bytes for r in found.recipes}
+    notes = {r.name: r.note for r in found.recipes}
+    assert notes["chunked loss"] == "more than these plans may do"
     assert peaks["checkpoint every block, chunked loss"] < peaks["checkpoint every block"]
     assert "chunked_loss" not in {p["method"] for x in found.plans for p in x.patches}
 
