@@ -103,7 +103,9 @@ def test_every_other_block_lies_between(swept):
 
 def test_no_plan_loses_to_a_recipe_of_allowed_methods(swept):
     found = swept[4]
-    for recipe in found.recipes:
+    may = [r for r in found.recipes if r.note != "more than these plans may do"]
+    assert len(may) > 4
+    for recipe in may:
         best = [p for p in found.plans if p.peak_bytes <= recipe.peak_bytes]
         assert not best or best[-1].factor <= recipe.factor * 1.02
 
