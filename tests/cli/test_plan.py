@@ -204,6 +204,14 @@ def test_without_peft_the_adapter_is_named_as_not_tried(call, models, monkeypatc
     assert "peft is not installed" in text
 
 
+def test_what_a_loop_hands_over_may_be_planned(call, models):
+    least = [
+        call(models[0], *SIZES, "--max", "budget", *more)[1][0]["max"]["budget"]["size"]
+        for more in ((), ("--hands-over", "optimizer"))
+    ]
+    assert least[1] < least[0]
+
+
 def test_where_no_model_fits_the_least_need_is_told(call, models, needs):
     code, lines, _ = call(*models[1:], *SIZES, "--budget", "50KiB", "--lora-rank", "0")
     assert code == 3
@@ -234,6 +242,9 @@ def test_flags_that_do_not_go_together_are_bad_usage(call, args, message):
 
 
 def test_a_run_takes_no_adapter(call, run_file):
+    code, lines, _ = call(run_file, "--hands-over", "optimizer")
+    assert code == 2
+    assert "a loop of its own" in lines[-1]["error"]["message"]
     code, lines, _ = call(run_file, "--lora-rank", "4")
     assert code == 2
     assert "train trains all weights" in lines[-1]["error"]["message"]

@@ -79,6 +79,8 @@ def test_recipes_do_not_depend_on_what_plans_are_allowed():
     plans = planner(model, batch, seconds=False, allow="bitwise")
     found = sweep(plans, points=2)
     peaks = {r.name: r.peak_bytes for r in found.recipes}
+    notes = {r.name: r.note for r in found.recipes}
+    assert notes["chunked loss"] == "more than these plans may do"
     assert peaks["checkpoint every block, chunked loss"] < peaks["checkpoint every block"]
     assert "chunked_loss" not in {p["method"] for x in found.plans for p in x.patches}
 
@@ -101,7 +103,9 @@ def test_every_other_block_lies_between(swept):
 
 def test_no_plan_loses_to_a_recipe_of_allowed_methods(swept):
     found = swept[4]
-    for recipe in found.recipes:
+    may = [r for r in found.recipes if r.note != "more than these plans may do"]
+    assert len(may) > 4
+    for recipe in may:
         best = [p for p in found.plans if p.peak_bytes <= recipe.peak_bytes]
         assert not best or best[-1].factor <= recipe.factor * 1.02
 

@@ -49,6 +49,9 @@ class Arguments(Common):
     """bf16 by autocast; weights stay float32."""
     allow: Literal["bitwise", "exact", "unbiased", "structural"] = "exact"
     """What may be changed about the network as given."""
+    hands_over: tuple[Literal["optimizer", "batch"], ...] = ()
+    """What the loop leaves to the plan: its optimizer (by plan.optimizer), its batch (by
+    plan.backward). `train` leaves its optimizer."""
     steps: int = 0
     """Updates to make, for the time to finish; 0 = once through the data."""
     device: str = "auto"
@@ -205,9 +208,10 @@ def _run_config(arguments: Arguments) -> RunConfig:
                 expected=f"{setting} in the file: a run is planned as train would",
                 hint=f"Set {setting} in the file.",
             )
-    if arguments.lora_rank:
-        raise ConfigError(f"--lora-rank is given beside {arguments.model}",
-                          expected="a model's config: train trains all weights")  # fmt: skip
+    for flag, why in (("lora_rank", "trains all weights"), ("hands_over", "has a loop of its own")):
+        if getattr(arguments, flag):
+            raise ConfigError(f"--{flag.replace('_', '-')} is given beside {arguments.model}",
+                              expected=f"a model's config: train {why}")  # fmt: skip
     config = RunConfig.load(Path(arguments.model))
     budget = arguments.budget or config.run.budget
     if budget == "none":

@@ -58,6 +58,7 @@ def subject_of_model(
         return planner_for_config(
             config, batch_size=batch_size, sequence_length=length, seconds=seconds, build=build,
             allow=allow or arguments.allow,
+            hands_over=arguments.hands_over,
             optimizer=_sgd if arguments.optimizer == "sgd" else None,
             autocast=torch.bfloat16 if arguments.precision == "bf16" else None,
         )  # fmt: skip

@@ -100,14 +100,13 @@ def _budget(arguments: "Arguments") -> str:
 
 def _arms(arguments: "Arguments") -> tuple[list[Arm], list[str]]:
     """Ways to train, the strictest first, and what is not among them."""
-    from ..methods import METHODS
     from ..planner.adapters import has_peft
     from ..planner.ways import FIDELITIES, allowed
 
     arms, left_out = [], []
     known: set[str] = set()
     for allow in FIDELITIES:
-        names = {m.name for m in allowed(allow)}
+        names = {m.name for m in allowed(allow, hands_over=arguments.hands_over)}
         # Bitwise is exact without some methods: who does not ask for it is not shown it.
         asked = allow == arguments.allow or allow != "bitwise"
         if FIDELITIES.index(allow) > FIDELITIES.index(arguments.allow):
@@ -118,6 +117,9 @@ def _arms(arguments: "Arguments") -> tuple[list[Arm], list[str]]:
         elif asked and names - known:
             arms.append(Arm(allow, 0, 32))
             known |= names
+    for each in sorted({"optimizer", "batch"} - {*arguments.hands_over}):
+        left_out.append(f"methods of the {each}: --hands-over {each}, for a loop that leaves it to "
+                        "the plan")  # fmt: skip
     rank = _RANK if arguments.lora_rank is None else arguments.lora_rank
     if rank and has_peft():
         arms += [Arm(arguments.allow, rank, bits) for bits in (32, 16)]
@@ -125,8 +127,7 @@ def _arms(arguments: "Arguments") -> tuple[list[Arm], list[str]]:
         left_out.append("LoRA: peft is not installed (pip install shoestring[peft])")
     else:
         left_out.append("LoRA: --lora-rank 0")
-    if not any(m.promises.changes_weights for m in METHODS.values()):
-        left_out.append("weights of fewer than 16 bits: no method for them yet")
+    left_out.append("frozen weights of fewer than 16 bits: no method for them in this version")
     return arms, left_out
 
 

@@ -25,7 +25,8 @@ EVERY_BLOCK = "checkpoint every block"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A recipe as a choice. note: what is to be known of it; fidelity: the least of its parts."""
+    """A recipe as a choice. note: what is to be known of it, such as that it does what plans are
+    not allowed; fidelity: the least of its parts."""
 
     name: str
     note: str
@@ -105,6 +106,8 @@ def _recipe(
     planner: Planner, name: str, note: str, schedule: Schedule, patches: Patches
 ) -> Recipe:  # fmt: skip
     variant = planner.costs.variant(patches, plain=planner.offer.streams, timed=planner.timed)
+    if not {w.method for w in patches} <= {m.name for m in planner.methods}:
+        note = "more than these plans may do"
     fidelity = next((w.promises.fidelity for w in patches if w.promises.fidelity != "exact"),
                     "exact")  # fmt: skip
     return Recipe(name=name, note=note, choice=choice(variant, schedule), fidelity=fidelity)
