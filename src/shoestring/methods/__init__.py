@@ -8,6 +8,7 @@ from .base import Method, Promises, Undo
 from .chunked_loss import ChunkedLoss
 from .chunked_mlp import ChunkedMlp
 from .keep import Keep
+from .offload import Offload
 from .recompute import Recompute
 from .reversible import Reversible
 
@@ -16,6 +17,7 @@ METHODS: dict[str, Method] = {
     for m in (
         Keep(),
         Recompute(),
+        Offload(),
         Reversible(),
         ChunkedLoss(),
         ChunkedMlp(),
@@ -42,9 +44,9 @@ def apply_spans(stack: Stack, spans: Iterable[Span]) -> None:
     executors = []
     for span in spans:
         how = method(span.method)
-        if reason := how.fits(stack):
-            raise StackError(f"method {span.method!r} cannot run {stack!r}: {reason}")
         config = how.configure(span.config)
+        if reason := how.fits(stack, config):
+            raise StackError(f"method {span.method!r} cannot run {stack!r}: {reason}")
         executors.append(
             (span.start, span.stop, how.executor(stack, span.start, span.stop, config))
         )
