@@ -125,6 +125,10 @@ def is_bitwise(subject: Subject) -> bool:
     return bool(subject.promises.grade == "bitwise")
 
 
+def is_unbiased(subject: Subject) -> bool:
+    return bool(subject.promises.fidelity == "unbiased")
+
+
 def is_default(subject: Subject) -> bool:
     return not subject.settings
 
@@ -142,10 +146,12 @@ def optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
 
 
-def gradients(model: nn.Module, data: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(
+    model: nn.Module, data: Mapping[str, Tensor], seed: int = 3
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, gradient of every parameter) from a fixed random state."""
     model.zero_grad(set_to_none=True)
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     loss = model(**data).loss
     loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -11,6 +11,7 @@ from .keep import Keep
 from .offload import Offload
 from .recompute import Recompute
 from .reversible import Reversible
+from .squeeze import Squeeze
 
 METHODS: dict[str, Method] = {
     m.name: m
@@ -18,6 +19,7 @@ METHODS: dict[str, Method] = {
         Keep(),
         Recompute(),
         Offload(),
+        Squeeze(),
         Reversible(),
         ChunkedLoss(),
         ChunkedMlp(),
