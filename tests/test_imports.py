@@ -15,7 +15,18 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "shoestring"
 LEVELS = [
     {"errors", "units", "allocator", "effort", "ops"},
-    {"stack", "meter", "rss", "tape", "saved", "spill", "rules", "streams", "branches", "conversion"},
+    {
+        "stack",
+        "meter",
+        "rss",
+        "tape",
+        "saved",
+        "spill",
+        "rules",
+        "streams",
+        "branches",
+        "conversion",
+    },
     {"methods", "precision", "models", "objectives", "optim", "data"},
     {"planner", "checkpoint", "report"},
     {"training", "convert", "serve", "edit"},
