@@ -21,11 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manag
 
 from .errors import SpillError
 from .meter import leave_out
+from .spill import VARIABLE, spill_directory
 from .units import format_bytes
-
-DIRECTORY_VARIABLE = "SHOESTRING_SPILL_DIR"
-_IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs"})
-_MOUNTS = Path("/proc/self/mountinfo")
 
 
 class MappedFile:
@@ -42,8 +39,9 @@ class MappedFile:
         self.nbytes = pages(nbytes)
         self._used = 0
         self._map: mmap.mmap | None = None
+        place = spill_directory(str(directory) if directory else None)  # for fake tensors, too
         if detect_fake_mode() is None and self.nbytes:
-            self._map = _mapped(spill_directory(directory), self.nbytes)
+            self._map = _mapped(place, self.nbytes)
 
     @property
     def left(self) -> int:
@@ -122,42 +120,6 @@ def pages(nbytes: int) -> int:
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def spill_directory(directory: str | os.PathLike[str] | None = None) -> Path:
-    """The directory for mapped files: the one given, SHOESTRING_SPILL_DIR, or the system's.
-
-    SpillError when it is not a directory, or one that lies in memory.
-    """
-    path = Path(directory or os.environ.get(DIRECTORY_VARIABLE) or tempfile.gettempdir())
-    if not path.is_dir():
-        raise SpillError(
-            f"there is no directory {path} for mapped files",
-            expected="a directory on a disk",
-            hint=f"Make it, or name another one in {DIRECTORY_VARIABLE}.",
-        )
-    kind = filesystem(path)
-    if kind in _IN_MEMORY:
-        raise SpillError(
-            f"{path} lies in memory ({kind}), so a mapped file in it would save none",
-            expected="a directory on a disk",
-            hint=f"Name one in {DIRECTORY_VARIABLE}.",
-        )
-    return path
-
-
-def filesystem(path: Path) -> str | None:
-    """The kind of file system a path lies on ("ext4", "tmpfs"), where Linux tells."""
-    try:
-        device, lines = path.stat().st_dev, _MOUNTS.read_text().splitlines()
-    except OSError:
-        return None
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in lines:
-        fields = line.split()
-        if fields[2] == wanted:
-            return fields[fields.index("-") + 1]
-    return None
-
-
 def _mapped(directory: Path, nbytes: int) -> mmap.mmap:
     if not hasattr(os, "posix_fallocate") or not hasattr(mmap, "MADV_DONTNEED"):
         raise SpillError(
@@ -181,5 +143,5 @@ def _no_room(directory: Path, nbytes: int, why: str) -> SpillError:
     return SpillError(
         f"cannot take {format_bytes(nbytes)} in {directory} for a mapped file: {why}",
         expected="a directory that can be written, with that much room",
-        hint=f"Name another one in {DIRECTORY_VARIABLE}.",
+        hint=f"Name another one in {VARIABLE}.",
     )

@@ -31,6 +31,7 @@ from torch._subclasses import FakeTensor
 from ..errors import ConfigError, StackError
 from ..mapped import MappedFile, release, room, will_need
 from ..meter import count_again, is_outside, leave_out
+from ..spill import spill_directory
 from ..stack import Stack
 from .base import Method, Promises, Undo
 
@@ -267,6 +268,7 @@ def _named(part: nn.Module, names: list[tuple[str, str]]) -> Iterator[Tensor]:
 def _move_out(weights: list[Tensor], directory: str) -> None:
     """Put the data of these weights into one file; fake ones are only marked."""
     if isinstance(weights[0].data, FakeTensor):
+        spill_directory(directory or None)  # what cannot be done is not to be planned
         leave_out(weights)
         return
     inside = [w for w in weights if not is_outside(w.untyped_storage())]
