@@ -17,7 +17,7 @@ from .fake import Profile
 from .make import PlanFor
 from .peers import recipes, simulated
 
-POINTS = 24
+POINTS = 16
 """Plans that are simulated, at most: each takes as long as a promise."""
 FORMAT = 1
 
