@@ -14,8 +14,9 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "shoestring"
 LEVELS = [
-    {"errors", "units", "allocator", "ops", "quiet", "rows"},
-    {"stack", "meter", "rss", "tape", "rules", "streams", "branches", "conversion", "mapped"},
+    {"errors", "units", "allocator", "effort", "ops", "quiet", "rows"},
+    {"stack", "meter", "rss", "tape", "saved", "spill", "rules", "streams", "branches",
+     "conversion", "mapped"},
     {"methods", "precision", "models", "objectives", "optim", "data"},
     {"planner", "checkpoint", "report"},
     {"training", "integrations", "doctor", "convert", "serve", "edit"},

@@ -12,6 +12,7 @@ from .fused_step import FusedStep
 from .keep import Keep
 from .low_bit_states import LowBitStates
 from .microbatch import Microbatch
+from .offload import Offload
 from .offload_optimizer import OffloadOptimizer
 from .recompute import Recompute
 from .reversible import Reversible
@@ -22,6 +23,7 @@ METHODS: dict[str, Method] = {
     for m in (
         Keep(),
         Recompute(),
+        Offload(),
         Reversible(),
         ChunkedLoss(),
         ChunkedMlp(),
@@ -54,9 +56,9 @@ def apply_spans(stack: Stack, spans: Iterable[Span]) -> None:
     executors = []
     for span in spans:
         how = method(span.method)
-        if reason := how.fits(stack):
-            raise StackError(f"method {span.method!r} cannot run {stack!r}: {reason}")
         config = how.configure(span.config)
+        if reason := how.fits(stack, config):
+            raise StackError(f"method {span.method!r} cannot run {stack!r}: {reason}")
         executors.append(
             (span.start, span.stop, how.executor(stack, span.start, span.stop, config))
         )

@@ -78,8 +78,10 @@ class Method:
                 )
         return self.Config(**settings)
 
-    def fits(self, stack: Stack) -> str | None:
-        """None when the method can run this stack, else the reason why not."""
+    def fits(self, stack: Stack, config: Any = None) -> str | None:
+        """None when the method can run this stack, else the reason why not.
+
+        config: with which settings; the default ones when left out."""
         return None
 
     def executor(self, stack: Stack, start: int, stop: int, config: Any) -> Executor:

@@ -307,7 +307,7 @@ class Reversible(Method):
     )
     Config = ReversibleConfig
 
-    def fits(self, stack: Stack) -> str | None:
+    def fits(self, stack: Stack, config: Any = None) -> str | None:
         if _structural_runner(stack) is None:
             return "it is not reversible; shoestring.reversible(model) makes it so (structural)"
         return None

@@ -11,7 +11,7 @@ stem leaves alive) comes from one more pass of the twin with its blocks taken ou
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from ..effort import unseen_so_far
 from ..errors import StackError
 from ..meter import Tracker
 from ..methods import MakeOptimizer
@@ -242,13 +243,22 @@ class Turn:
 
 class _Work(TorchDispatchMode):
     """What to put in place of seconds when nothing is timed: one unit a multiply-add, and some
-    for every byte written. Only good for comparing ways to run one model."""
+    for every byte written, or said to be worth one written. Only good for comparing ways to run
+    one model."""
 
     PER_BYTE = 16
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0.0
+
+    def __enter__(self) -> Self:
+        self._unseen_before = unseen_so_far()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.total += self.PER_BYTE * (unseen_so_far() - self._unseen_before)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
