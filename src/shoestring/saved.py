@@ -136,7 +136,8 @@ class SavedTensors:
         wanted: Callable[[Tensor], bool] = lambda tensor: True,
         owner: Owner | None = None,
     ) -> Iterator[None]:
-        """What autograd saves inside goes to `keep`, where `wanted(tensor)`."""
+        """What autograd saves inside goes to `keep`, where `wanted(tensor)`; it is shown the tensor
+        as autograd sees it, with its history."""
         shared = storages(block.parameters()) | storages(block.buffers()) | storages(_others(call))
 
         def pack(tensor: Tensor) -> Tensor | Handle:

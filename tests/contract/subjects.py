@@ -165,6 +165,11 @@ def is_of_the_optimizer(subject: Subject) -> bool:
     return bool(subject.promises.applies_to == "optimizer")
 
 
+def is_noisy(subject: Subject) -> bool:
+    """Whether its gradient is right only in expectation."""
+    return subject.promises.gradient_error is not None
+
+
 def is_default(subject: Subject) -> bool:
     return not subject.settings
 
@@ -205,10 +210,12 @@ def backward(model: nn.Module, data: Mapping[str, Tensor]) -> Tensor:
     return total
 
 
-def gradients(model: nn.Module, data: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(
+    model: nn.Module, data: Mapping[str, Tensor], seed: int = 3
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, gradient of every parameter) from a fixed random state."""
     model.zero_grad(set_to_none=True)
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     loss = backward(model, data)
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)

@@ -16,6 +16,7 @@ from .offload import Offload
 from .offload_optimizer import OffloadOptimizer
 from .recompute import Recompute
 from .reversible import Reversible
+from .squeeze import Squeeze
 from .stream_weights import StreamWeights
 
 METHODS: dict[str, Method] = {
@@ -24,6 +25,7 @@ METHODS: dict[str, Method] = {
         Keep(),
         Recompute(),
         Offload(),
+        Squeeze(),
         Reversible(),
         ChunkedLoss(),
         ChunkedMlp(),

@@ -32,6 +32,9 @@ class Promises:
     bound_eps: float | None = None
     """For reassociated methods: gradient error, relative (L2), in multiples of the dtype's
     epsilon."""
+    gradient_error: float | None = None
+    """For unbiased methods: most that one draw of the gradient is off, relative (L2 over all
+    parameters), with the default settings."""
     applies_to: Literal["span", "loss", "module", "weights", "batch", "optimizer"]
     """A run of blocks; the loss; parts of blocks; where the weights are; how the batch is run;
     the optimizer."""
@@ -83,6 +86,10 @@ class Method:
 
         config: with which settings; the default ones when left out."""
         return None
+
+    def gradient_error(self, config: Any) -> float | None:
+        """Unbiased methods: the promised error of one draw, with these settings."""
+        return self.promises.gradient_error
 
     def executor(self, stack: Stack, start: int, stop: int, config: Any) -> Executor:
         """Span methods: how the blocks start..stop-1 are run."""
