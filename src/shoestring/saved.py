@@ -151,21 +151,21 @@ class SavedTensors:
         """A handle of the tensor; the tensor itself when it is too small or of a kind left alone."""
         if not _is_plain(tensor):
             return tensor
+        storage, itemsize = tensor.untyped_storage(), tensor.itemsize
+        begin, count = tensor.storage_offset(), _span(tensor)
+        if count * itemsize < self.smallest_bytes or storage.nbytes() % itemsize:
+            return tensor
+        whole = storage.nbytes() // itemsize
         with torch.no_grad():
-            tensor = tensor.detach()
-            storage, itemsize = tensor.untyped_storage(), tensor.itemsize
-            begin, count = tensor.storage_offset(), _span(tensor)
-            whole = storage.nbytes() // itemsize
-            if count * itemsize < self.smallest_bytes or storage.nbytes() % itemsize:
-                return tensor
             if 4 * count < whole:
                 # A small part of something large, which is not there for this block alone.
-                return Handle(Slot(keep(tensor.as_strided((count,), (1,), begin))), tensor, 0, owner)
+                part = keep(tensor.detach().as_strided((count,), (1,), begin))
+                return Handle(Slot(part), tensor, 0, owner)
             slot = self._known(storage, tensor._version)
             if slot is None:
-                slot = Slot(keep(tensor.as_strided((whole,), (1,), 0)))
+                slot = Slot(keep(tensor.detach().as_strided((whole,), (1,), 0)))
                 self._kept[storage] = tensor._version, weakref.ref(slot)
-            return Handle(slot, tensor, begin, owner)
+        return Handle(slot, tensor, begin, owner)
 
     def _known(self, storage: torch.UntypedStorage, version: int) -> Slot | None:
         known = self._kept.get(storage)

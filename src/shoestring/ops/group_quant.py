@@ -114,7 +114,8 @@ def digest(x: Tensor) -> Tensor:
     x = x.detach()
     wide = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     # In its own dtype: a sum in another one would copy the whole of it first.
-    return x.view(wide).sum(dtype=wide).to(torch.int32)
+    total = x.view(wide).sum(dtype=wide)
+    return (total + (total >> 32) if wide is torch.int64 else total).to(torch.int32)
 
 
 def _pieces(x: Tensor, group: int, way: str) -> list[tuple[int, int, int]]:

@@ -1,0 +1,172 @@
+"""Where tensors go when they leave memory: files, their parts, and disks that are none."""
+
+import gc
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from shoestring.errors import ConfigError, SpillError
+from shoestring.meter import Meter
+from shoestring.spill import (
+    ALIGNMENT,
+    VARIABLE,
+    FilePlace,
+    SpillFile,
+    file_system,
+    spill_directory,
+)
+
+
+def open_files() -> list[str]:
+    return [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
+            if os.path.islink(f"/proc/self/fd/{n}")]  # fmt: skip
+
+
+def spilled() -> int:
+    return sum("shoestring-" in name for name in open_files())
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.int64]
+)
+def test_what_comes_back_from_a_file_is_equal_and_fresh(tmp_path, dtype):
+    place = FilePlace(str(tmp_path))
+    x = torch.randn(5001).to(dtype)
+    away = place.put(x)
+    away.start()
+    first, second = away.back(), away.back()
+    assert torch.equal(first, x)
+    assert torch.equal(second, x)
+    assert first.dtype is dtype
+    assert len({t.data_ptr() for t in (x, first, second)}) == 3
+
+
+def test_nothing_is_left_in_the_directory_and_the_file_closes_with_its_last_user(tmp_path):
+    before = spilled()
+    place = FilePlace(str(tmp_path))
+    assert spilled() == before  # nothing came yet
+    away = place.put(torch.ones(2000))
+    assert list(tmp_path.iterdir()) == []
+    assert spilled() == before + 1
+    del place
+    assert torch.equal(away.back(), torch.ones(2000))
+    del away
+    gc.collect()
+    assert spilled() == before
+
+
+def test_parts_are_used_again_and_the_file_does_not_grow(tmp_path):
+    place = FilePlace(str(tmp_path))
+    for size in (3000, 9000, 5000, 9000, 100, 9000):
+        kept = [place.put(torch.full((size,), float(k))) for k in range(4)]
+        assert [float(each.back()[-1]) for each in kept] == [0, 1, 2, 3]
+        del kept
+    assert place._file is not None
+    assert os.fstat(place._file.descriptor).st_size <= 4 * (36000 + ALIGNMENT)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 40000)), max_size=60))
+def test_parts_in_use_never_overlap(tmp_path_factory, moves):
+    file = SpillFile(tmp_path_factory.getbasetemp())
+    used: list[tuple[int, int]] = []
+    for takes, number in moves:
+        if takes or not used:
+            part = file.take(number)
+            assert part[1] - part[0] >= number
+            assert all(part[1] <= a or b <= part[0] for a, b in used)
+            used.append(part)
+        else:
+            file.give_back(used.pop(number % len(used)))
+    for part in used:
+        file.give_back(part)
+    assert file.take(1)[0] == 0  # all of it was free, and in one piece
+
+
+def test_a_forked_process_writes_to_a_file_of_its_own(tmp_path):
+    place = FilePlace(str(tmp_path))
+    away = place.put(torch.zeros(2000))
+    child = os.fork()
+    if child == 0:
+        place.put(torch.ones(2000))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(away.back(), torch.zeros(2000))
+
+
+def test_under_fake_tensors_nothing_is_written_and_a_fresh_tensor_comes_back(tmp_path):
+    place = FilePlace(str(tmp_path / "nowhere"))
+    with FakeTensorMode(), Meter() as meter:
+        x = torch.ones(4096)
+        away = place.put(x)
+        del x
+        gone = meter.tracker.live_bytes
+        back = away.back()
+        there = meter.tracker.live_bytes
+    assert (gone, there) == (0, back.nbytes)
+
+
+def test_a_file_cut_short_behind_our_back_is_an_error(tmp_path):
+    place = FilePlace(str(tmp_path))
+    away = place.put(torch.ones(5000))
+    assert place._file is not None
+    os.ftruncate(place._file.descriptor, 100)
+    with pytest.raises(SpillError, match=r"cannot read 19\.5 KiB \(20000 bytes\).*shorter"):
+        away.back()
+
+
+# ---- directories -------------------------------------------------------------------------------
+
+
+def test_a_setting_goes_before_the_variable_before_the_default(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr("shoestring.spill.file_system", lambda directory: "ext4")
+    assert spill_directory() == tmp_path
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "a"))
+    assert spill_directory() == tmp_path / "a"
+    assert spill_directory(str(tmp_path / "b")) == tmp_path / "b"
+
+
+def test_a_directory_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=rf"nowhere is not a directory.*{VARIABLE}"):
+        spill_directory(str(tmp_path / "nowhere"))
+
+
+def test_memory_is_no_disk_unless_somebody_chose_it(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("shoestring.spill.file_system", lambda directory: "tmpfs")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.raises(ConfigError, match=rf"is on tmpfs, which is memory.*Set {VARIABLE}"):
+        spill_directory()
+    with caplog.at_level(logging.WARNING, logger="shoestring"):
+        assert spill_directory(str(tmp_path)) == tmp_path
+    assert "is on tmpfs, which is memory" in caplog.text
+
+
+def test_the_nearest_mount_tells_the_file_system(tmp_path):
+    (tmp_path / "a b" / "c").mkdir(parents=True)
+    (tmp_path / "ab").mkdir()
+    spaced = str(tmp_path / "a b").replace(" ", "\\040")
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "20 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
+        f"21 20 0:5 / {spaced} rw shared:2 - tmpfs tmpfs rw\n"
+        "garbage\n"
+    )
+    assert file_system(tmp_path / "a b" / "c", mounts) == "tmpfs"
+    assert file_system(tmp_path / "ab", mounts) == "ext4"
+    assert file_system(tmp_path, tmp_path / "missing") is None
+
+
+def test_this_system_knows_memory_when_it_sees_it():
+    if not Path("/dev/shm").is_dir() or not Path("/proc/self/mountinfo").is_file():
+        pytest.skip("no /dev/shm here")
+    assert file_system(Path("/dev/shm")) == "tmpfs"
