@@ -15,8 +15,19 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "shoestring"
 LEVELS = [
     {"errors", "units", "allocator", "effort", "ops", "quiet", "rows"},
-    {"stack", "meter", "rss", "tape", "saved", "spill", "rules", "streams", "branches",
-     "conversion", "mapped"},
+    {
+        "stack",
+        "meter",
+        "rss",
+        "tape",
+        "saved",
+        "spill",
+        "rules",
+        "streams",
+        "branches",
+        "conversion",
+        "mapped",
+    },
     {"methods", "precision", "models", "objectives", "optim", "data"},
     {"planner", "checkpoint", "report"},
     {"training", "integrations", "doctor", "convert", "serve", "edit"},

@@ -20,7 +20,7 @@ class Shelf:
     kept: list[int] = field(default_factory=list)
     fetched: int = 0
 
-    def __call__(self, flat: Tensor) -> Any:
+    def __call__(self, flat: Tensor, tensor: Tensor) -> Any:
         self.kept.append(flat.numel())
         shelf, copy = self, flat.clone()
 

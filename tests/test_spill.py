@@ -23,13 +23,10 @@ from shoestring.spill import (
 )
 
 
-def open_files() -> list[str]:
-    return [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
-            if os.path.islink(f"/proc/self/fd/{n}")]  # fmt: skip
-
-
 def spilled() -> int:
-    return sum("shoestring-" in name for name in open_files())
+    """Open files of ours."""
+    links = [each for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+    return sum("shoestring-" in str(each.readlink()) for each in links)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ another tensor's. What comes back is held until every handle that shares it has 
 that nothing is fetched twice in a backward; a second backward (`retain_graph`) fetches again.
 
 Left alone: parameters and buffers of the block and their views, what the block is handed beside its
-hidden state (masks and rotary tables, which all blocks share), tensors of unusual kinds, small ones.
+hidden state (masks and rotary tables, which all blocks share), unusual kinds of tensors, small
+ones.
 """
 
 import contextlib
@@ -45,8 +46,9 @@ class Owner(Protocol):
         """A handle of it is asked."""
 
 
-Keep = Callable[[Tensor], Content]
-"""The elements of a storage (one-dimensional, still alive) -> the content that replaces them."""
+Keep = Callable[[Tensor, Tensor], Content]
+"""(the elements of a storage, one-dimensional and still alive; the first tensor that needs them)
+-> the content that replaces them."""
 
 
 class Slot:
@@ -148,22 +150,22 @@ class SavedTensors:
             yield
 
     def put(self, tensor: Tensor, keep: Keep, owner: Owner | None = None) -> Tensor | Handle:
-        """A handle of the tensor; the tensor itself when it is too small or of a kind left alone."""
+        """A handle of the tensor; the tensor itself when it is small or of a kind left alone."""
         if not _is_plain(tensor):
             return tensor
         storage, itemsize = tensor.untyped_storage(), tensor.itemsize
-        begin, count = tensor.storage_offset(), _span(tensor)
+        begin, count = int(tensor.storage_offset()), _span(tensor)
         if count * itemsize < self.smallest_bytes or storage.nbytes() % itemsize:
             return tensor
         whole = storage.nbytes() // itemsize
         with torch.no_grad():
             if 4 * count < whole:
                 # A small part of something large, which is not there for this block alone.
-                part = keep(tensor.detach().as_strided((count,), (1,), begin))
+                part = keep(tensor.detach().as_strided((count,), (1,), begin), tensor)
                 return Handle(Slot(part), tensor, 0, owner)
             slot = self._known(storage, tensor._version)
             if slot is None:
-                slot = Slot(keep(tensor.detach().as_strided((whole,), (1,), 0)))
+                slot = Slot(keep(tensor.detach().as_strided((whole,), (1,), 0), tensor))
                 self._kept[storage] = tensor._version, weakref.ref(slot)
         return Handle(slot, tensor, begin, owner)
 

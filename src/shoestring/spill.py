@@ -122,7 +122,7 @@ class SpillFile:
         self.directory, self.process = directory, os.getpid()
         try:
             descriptor, name = tempfile.mkstemp(prefix="shoestring-", dir=directory)
-            os.unlink(name)
+            Path(name).unlink()
         except OSError as error:
             raise _failed(error, f"no file can be made in {directory}") from None
         self.descriptor = descriptor

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from faults.victims import can_mount
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from faults.victims import can_mount
 from shoestring.errors import ConfigError, StackError
 from shoestring.meter import Meter, Tracker
 from shoestring.methods import apply_spans, method

@@ -51,7 +51,7 @@ class Net(nn.Module):
         return x.square().mean()
 
 
-def squeezed(model: nn.Module, **settings: int) -> nn.Module:
+def squeezed(model: nn.Module, **settings: int | str) -> nn.Module:
     stack = Stack.of(model)
     apply_spans(stack, [Span(0, len(stack), "squeeze", settings)])
     return model
@@ -87,16 +87,26 @@ def rounded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
+@pytest.fixture
+def rounded_bits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """To how many bits storages were rounded, in order."""
+    seen: list[int] = []
+    original = group_quant.quantize
+
+    def note(x: Tensor, bits: int, *rest: object) -> group_quant.Packed:
+        seen.append(bits)
+        return original(x, bits, *rest)
+
+    monkeypatch.setattr(group_quant, "quantize", note)
+    return seen
+
+
 def test_every_activation_is_rounded_once_and_nothing_else(rounded):
     gradient(squeezed(Net(masked=True)), data() * 1)  # not a leaf, as in a model
-    print([x.numel()/(2*TOKENS*WIDTH) for x in rounded])
     unit = 2 * TOKENS * WIDTH
-    # Input, norm, queries keys and values in one, attention's output, sum, norm 1 or more, gate,
-    # its activation, up, their product.
-    sizes = [x.numel() // unit for x in rounded]
-    assert sizes[:4] == [1, 1, 3, 1]
-    assert sum(sizes) % 3 == 0
-    assert 14 <= sum(sizes) // 3 <= 20
+    # Input, norm, queries keys and values as one, attention's output; the sum, twice the norm that
+    # is made of parts; gate, its activation, up, their product.
+    assert [x.numel() // unit for x in rounded] == [1, 1, 3, 1, 1, 1, 1, 2, 2, 2, 2] * 3
     assert all(x.isfinite().all() for x in rounded)  # no mask was
 
 
@@ -106,6 +116,15 @@ def test_four_bits_are_off_by_seventeen_times_as_much_as_eight(masked):
     eight, four = (error(gradient(squeezed(Net(masked), bits=b)), exact) for b in (8, 4))
     assert 0 < eight < 0.01
     assert 12 < four / eight < 22
+
+
+def test_mixed_keeps_the_inside_of_the_mlp_at_four_bits_and_the_rest_at_eight(rounded_bits):
+    exact = gradient(Net())
+    found = [error(gradient(squeezed(Net(), bits=b)), exact) for b in (8, "mixed", 4)]
+    assert sorted(found) == found
+    rounded_bits.clear()
+    gradient(squeezed(Net(), bits="mixed"), data() * 1)
+    assert rounded_bits == [8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4] * 3
 
 
 def test_smaller_groups_are_closer():
@@ -174,9 +193,7 @@ def test_copies_of_weights_that_autocast_makes_are_not_rounded(rounded):
     weights = [p.detach().flatten() for p in model.parameters() if p.dim() == 2]
     assert rounded
     for x in rounded:
-        assert not any(
-            x.numel() == w.numel() and torch.equal(x, w.to(x.dtype)) for w in weights
-        )
+        assert not any(x.numel() == w.numel() and torch.equal(x, w.to(x.dtype)) for w in weights)
 
 
 def test_eight_and_four_bits_hold_what_they_say():
@@ -206,7 +223,8 @@ def test_frozen_blocks_and_a_frozen_model():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"bits": 2}, r"squeeze: bits = 2; expected one of \[4, 8\]"),
+        ({"bits": 2}, "squeeze: bits = 2; expected 8, 4 or 'mixed'"),
+        ({"bits": True}, "squeeze: bits = True"),
         ({"group": 7}, "squeeze: group = 7; expected an even number"),
         ({"seed": -1}, "squeeze: seed = -1"),
         ({"seed": True}, "squeeze: seed = True"),

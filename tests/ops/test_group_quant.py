@@ -40,7 +40,9 @@ def unpacked(packed: group_quant.Packed) -> list[int]:
 
 
 def test_the_dither_is_that_of_its_twin():
-    found = group_quant._dither(key(), 0, 1001).tolist() + group_quant._dither(key(), 1002, 10).tolist()
+    found = (
+        group_quant._dither(key(), 0, 1001).tolist() + group_quant._dither(key(), 1002, 10).tolist()
+    )
     number = int(key()) % 2**32
     assert found == [dither_ref(number, k) for k in [*range(1001), *range(1002, 1012)]]
 

@@ -13,14 +13,13 @@ copies run beside the computing; on a CPU they do not.
 Exactness: bitwise. Values, strides and the sharing of storages come back as they were.
 Limits: a CPU's tensors need a directory on a disk. Tensors that autograd would only have referred
 to (a block's input) are written, too. Kinds of devices other than CPU and CUDA are refused.
-Source: save_on_cpu of torch.autograd.graph for the hook; vDNN, arXiv 1602.08124, for fetching ahead.
+Source: save_on_cpu of torch.autograd.graph (the hook); vDNN, arXiv 1602.08124 (fetching ahead).
 """
 
 import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -120,7 +119,7 @@ class OffloadExecutor(Executor):
         self._latest = weakref.ref(parcel)
         place = self._place(hidden.device.type)
 
-        def keep(flat: Tensor) -> Content:
+        def keep(flat: Tensor, tensor: Tensor) -> Content:
             return parcel.add(place.put(flat))
 
         if self.config.what == "saved":

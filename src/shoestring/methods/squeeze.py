@@ -12,8 +12,8 @@ Time: each saved value is rounded once and brought back once; no block is run ag
 Exactness: unbiased, to first order. A gradient that is linear in what was saved (that of a matrix
 product) is right in expectation; through norms, activation functions and attention, errors enter
 squared as well, which leaves a small bias (measured on the page).
-Limits: the draw is a hash of the seed, the block's input and the value's place, so nothing has to be
-stored to go on bit for bit; the same input under the same seed draws the same numbers.
+Limits: the draw is a hash of the seed, the block's input and the value's place, so nothing has to
+be stored to go on bit for bit; the same input under the same seed draws the same numbers.
 Source: ActNN, arXiv 2104.14129; GACT, arXiv 2206.11357; subtractive dither, Schuchman 1964.
 """
 
@@ -36,16 +36,18 @@ from .base import Method, Promises
 class SqueezeConfig:
     """How what is saved is kept."""
 
-    bits: int = 8
-    """8 or 4."""
+    bits: int | str = 8
+    """8, 4, or "mixed": 4 for what is wider than the hidden state (the inside of MLPs), 8 else."""
     group: int = 256
     """Values that share a range; even. Fewer: smaller errors, 8 bytes a group."""
     seed: int = 0
     """Other seeds draw other roundings."""
 
     def __post_init__(self) -> None:
+        if self.bits not in (8, 4, "mixed") or isinstance(self.bits, bool):
+            raise ConfigError(f"squeeze: bits = {self.bits!r}", expected="8, 4 or 'mixed'")
         try:
-            group_quant.check(self.bits, self.group)
+            group_quant.check(8, self.group)
         except ConfigError as error:
             raise ConfigError(f"squeeze: {error.what}", expected=error.expected) from None
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -88,9 +90,15 @@ class SqueezeExecutor(Executor):
         seed = config.seed + torch.initial_seed()
         content = group_quant.digest(hidden)
 
-        def keep(flat: Tensor) -> Content:
+        width = hidden.shape[-1]
+
+        def keep(flat: Tensor, tensor: Tensor) -> Content:
             key = group_quant.key_of(content, seed, next(numbers))
-            return _Squeezed(group_quant.quantize(flat, config.bits, config.group, key))
+            bits = config.bits
+            if isinstance(bits, str):
+                # More dimensions are those of heads: attention is what errors hurt most.
+                bits = 4 if tensor.dim() <= 3 and tensor.shape[-1] > width else 8
+            return _Squeezed(group_quant.quantize(flat, bits, config.group, key))
 
         with self._saved.of(block, call, keep, wanted=is_activation):
             return call(hidden)
@@ -123,11 +131,13 @@ class Squeeze(Method):
     name = "squeeze"
     promises = Promises(fidelity="unbiased", gradient_error=0.01, applies_to="span")
     Config = SqueezeConfig
-    variants = ({"bits": 8}, {"bits": 4})
+    # 4 bits everywhere is for whoever asks for it: through attention its bias is no longer small.
+    variants = ({"bits": 8}, {"bits": "mixed"})
 
     def gradient_error(self, config: SqueezeConfig) -> float:
         assert self.promises.gradient_error is not None
-        return self.promises.gradient_error * 255 / (2**config.bits - 1)
+        # A step of 4 bits is 17 times one of 8.
+        return self.promises.gradient_error * (1 if config.bits == 8 else 17)
 
     def executor(self, stack: Stack, start: int, stop: int, config: Any) -> Executor:
         return SqueezeExecutor(config)

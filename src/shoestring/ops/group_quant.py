@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..errors import ConfigError
 from ..effort import unseen_bytes
+from ..errors import ConfigError
 
 BITS = (4, 8)
 PIECE = {"cpu": 1 << 16, "cuda": 1 << 22}
