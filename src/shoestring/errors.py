@@ -87,16 +87,13 @@ class ReplayMismatch(ShoestringError, RuntimeError):
     """A replayed block did not give what it gave in forward."""
 
 
-class SpillError(ShoestringError, OSError):
-    """Tensors that cannot be moved out of memory, or not be brought back."""
-
-
 class CheckpointError(ShoestringError, OSError):
     """Saved state that cannot be written, read or verified."""
 
 
 class SpillError(ShoestringError, OSError):
-    """A mapped file that cannot be made: no room on the disk, or a directory of no use."""
+    """Tensors that cannot be moved out of memory or brought back: no room on the disk, or a
+    directory of no use."""
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

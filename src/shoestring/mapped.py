@@ -123,21 +123,21 @@ def pages(nbytes: int) -> int:
 
 
 def spill_directory(directory: str | os.PathLike[str] | None = None) -> Path:
-    """The directory for mapped files: the one given, SHOESTRING_SPILL_DIR, or the system's.
+    """Where tensors outside memory go: the directory given, SHOESTRING_SPILL_DIR, or the system's.
 
     SpillError when it is not a directory, or one that lies in memory.
     """
     path = Path(directory or os.environ.get(DIRECTORY_VARIABLE) or tempfile.gettempdir())
     if not path.is_dir():
         raise SpillError(
-            f"there is no directory {path} for mapped files",
+            f"there is no directory {path} for tensors outside memory",
             expected="a directory on a disk",
             hint=f"Make it, or name another one in {DIRECTORY_VARIABLE}.",
         )
     kind = filesystem(path)
     if kind in _IN_MEMORY:
         raise SpillError(
-            f"{path} lies in memory ({kind}), so a mapped file in it would save none",
+            f"{path} lies in memory ({kind}), so what is put there would save none",
             expected="a directory on a disk",
             hint=f"Name one in {DIRECTORY_VARIABLE}.",
         )
