@@ -1,7 +1,6 @@
-"""Where tensors go when they leave memory: files, their parts, and disks that are none."""
+"""Where tensors go when they leave memory: files and their parts."""
 
 import gc
-import logging
 import os
 from pathlib import Path
 
@@ -11,16 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shoestring.errors import ConfigError, SpillError
+from shoestring.errors import SpillError
 from shoestring.meter import Meter
-from shoestring.spill import (
-    ALIGNMENT,
-    VARIABLE,
-    FilePlace,
-    SpillFile,
-    file_system,
-    spill_directory,
-)
+from shoestring.spill import ALIGNMENT, FilePlace, SpillFile
 
 
 def spilled() -> int:
@@ -115,55 +107,3 @@ def test_a_file_cut_short_behind_our_back_is_an_error(tmp_path):
     os.ftruncate(place._file.descriptor, 100)
     with pytest.raises(SpillError, match=r"cannot read 19\.5 KiB \(20000 bytes\).*shorter"):
         away.back()
-
-
-# ---- directories -------------------------------------------------------------------------------
-
-
-def test_a_setting_goes_before_the_variable_before_the_default(tmp_path, monkeypatch):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr("shoestring.spill.file_system", lambda directory: "ext4")
-    assert spill_directory() == tmp_path
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "a"))
-    assert spill_directory() == tmp_path / "a"
-    assert spill_directory(str(tmp_path / "b")) == tmp_path / "b"
-
-
-def test_a_directory_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=rf"nowhere is not a directory.*{VARIABLE}"):
-        spill_directory(str(tmp_path / "nowhere"))
-
-
-def test_memory_is_no_disk_unless_somebody_chose_it(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("shoestring.spill.file_system", lambda directory: "tmpfs")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.delenv(VARIABLE, raising=False)
-    with pytest.raises(ConfigError, match=rf"is on tmpfs, which is memory.*Set {VARIABLE}"):
-        spill_directory()
-    with caplog.at_level(logging.WARNING, logger="shoestring"):
-        assert spill_directory(str(tmp_path)) == tmp_path
-    assert "is on tmpfs, which is memory" in caplog.text
-
-
-def test_the_nearest_mount_tells_the_file_system(tmp_path):
-    (tmp_path / "a b" / "c").mkdir(parents=True)
-    (tmp_path / "ab").mkdir()
-    spaced = str(tmp_path / "a b").replace(" ", "\\040")
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(
-        "20 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
-        f"21 20 0:5 / {spaced} rw shared:2 - tmpfs tmpfs rw\n"
-        "garbage\n"
-    )
-    assert file_system(tmp_path / "a b" / "c", mounts) == "tmpfs"
-    assert file_system(tmp_path / "ab", mounts) == "ext4"
-    assert file_system(tmp_path, tmp_path / "missing") is None
-
-
-def test_this_system_knows_memory_when_it_sees_it():
-    if not Path("/dev/shm").is_dir() or not Path("/proc/self/mountinfo").is_file():
-        pytest.skip("no /dev/shm here")
-    assert file_system(Path("/dev/shm")) == "tmpfs"

@@ -15,7 +15,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoestring import spill
+from shoestring import mapped, spill
 from shoestring.allocator import tuned_environment
 from shoestring.meter import Meter
 from shoestring.methods import apply_spans
@@ -80,7 +79,7 @@ class Threaded(spill.FilePlace):
 
     def put(self, flat: Tensor) -> Any:
         if self._file is None:
-            self._file = spill.SpillFile(spill.spill_directory(self.directory))
+            self._file = spill.SpillFile(mapped.spill_directory(self.directory))
         return Waiting(self.pool.submit(spill._OnDisk, self._file, flat))
 
 
@@ -148,8 +147,7 @@ def one(name: str, layers: int, rounds: int) -> dict[str, Any]:
         "read_seconds": read.seconds / rounds,
         "written_bytes": write.nbytes // rounds,
         "read_bytes": read.nbytes // rounds,
-        "file_system": spill.file_system(Path(os.environ.get(spill.VARIABLE)
-                                              or tempfile.gettempdir())),
+        "file_system": mapped.filesystem(mapped.spill_directory()),
     }  # fmt: skip
 
 

@@ -95,6 +95,11 @@ class CheckpointError(ShoestringError, OSError):
     """Saved state that cannot be written, read or verified."""
 
 
+class SpillError(ShoestringError, OSError):
+    """Tensors that cannot be moved out of memory or brought back: no room on the disk, or a
+    directory of no use."""
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """A hint naming the nearest known name, or None when nothing is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

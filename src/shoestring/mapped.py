@@ -120,6 +120,42 @@ def pages(nbytes: int) -> int:
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
+def spill_directory(directory: str | os.PathLike[str] | None = None) -> Path:
+    """Where tensors outside memory go: the directory given, SHOESTRING_SPILL_DIR, or the system's.
+
+    SpillError when it is not a directory, or one that lies in memory.
+    """
+    path = Path(directory or os.environ.get(DIRECTORY_VARIABLE) or tempfile.gettempdir())
+    if not path.is_dir():
+        raise SpillError(
+            f"there is no directory {path} for tensors outside memory",
+            expected="a directory on a disk",
+            hint=f"Make it, or name another one in {DIRECTORY_VARIABLE}.",
+        )
+    kind = filesystem(path)
+    if kind in _IN_MEMORY:
+        raise SpillError(
+            f"{path} lies in memory ({kind}), so what is put there would save none",
+            expected="a directory on a disk",
+            hint=f"Name one in {DIRECTORY_VARIABLE}.",
+        )
+    return path
+
+
+def filesystem(path: Path) -> str | None:
+    """The kind of file system a path lies on ("ext4", "tmpfs"), where Linux tells."""
+    try:
+        device, lines = path.stat().st_dev, _MOUNTS.read_text().splitlines()
+    except OSError:
+        return None
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in lines:
+        fields = line.split()
+        if fields[2] == wanted:
+            return fields[fields.index("-") + 1]
+    return None
+
+
 def _mapped(directory: Path, nbytes: int) -> mmap.mmap:
     if not hasattr(os, "posix_fallocate") or not hasattr(mmap, "MADV_DONTNEED"):
         raise SpillError(

@@ -16,7 +16,6 @@ import bisect
 import collections
 import ctypes
 import errno
-import logging
 import os
 import tempfile
 import weakref
@@ -30,14 +29,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .effort import unseen_bytes
-from .errors import ConfigError, SpillError
+from .errors import SpillError
+from .mapped import DIRECTORY_VARIABLE, spill_directory
 from .units import format_bytes
 
-log = logging.getLogger("shoestring")
-
-VARIABLE = "SHOESTRING_SPILL_DIR"
-IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
-"""File systems that are memory themselves."""
 ALIGNMENT = 4096
 WRITTEN_MEANWHILE = 8
 """Bytes that an elementwise operator writes while one is moved, where nothing is timed: assumed,
@@ -65,51 +60,6 @@ class Place(Protocol):
 
 
 # ---- files -------------------------------------------------------------------------------------
-
-
-def spill_directory(setting: str | None = None) -> Path:
-    """Where spilled tensors go: the setting, SHOESTRING_SPILL_DIR, or the system's directory for
-    temporary files.
-
-    ConfigError where there is none; where it lies in memory and nobody chose it. Of a chosen one
-    that lies in memory the log warns.
-    """
-    chosen = setting or os.environ.get(VARIABLE)
-    directory = Path(chosen or tempfile.gettempdir())
-    advice = f"Set {VARIABLE}, or the setting directory, to a directory on a disk."
-    if not directory.is_dir():
-        raise ConfigError(
-            f"{directory} is not a directory, so no tensors can be moved there", hint=advice
-        )
-    kind = file_system(directory)
-    if kind in IN_MEMORY:
-        what = f"{directory} is on {kind}, which is memory: what is moved there stays in memory"
-        if not chosen:
-            raise ConfigError(what, expected="a directory on a disk", hint=advice)
-        log.warning("%s", what)
-    return directory
-
-
-def file_system(directory: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """The type of the file system a directory is on; None where the system does not tell."""
-    try:
-        lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        where = directory.resolve()
-    except OSError:
-        return None
-    found: tuple[int, str] | None = None
-    for line in lines:
-        left, _, right = line.partition(" - ")
-        fields, kinds = left.split(), right.split()
-        if len(fields) < 5 or not kinds:
-            continue
-        # Spaces and the like are written as octal numbers.
-        point = Path(fields[4].encode().decode("unicode_escape"))
-        depth = len(point.parts)
-        # Of two at one point the later one covers the other.
-        if where.is_relative_to(point) and (found is None or depth >= found[0]):
-            found = (depth, kinds[0])
-    return found[1] if found else None
 
 
 class SpillFile:
@@ -196,9 +146,9 @@ class SpillFile:
 
 
 def _failed(error: OSError, what: str) -> SpillError:
-    free = f"Free space there, or set {VARIABLE} to a directory on a larger disk"
+    free = f"Free space there, or set {DIRECTORY_VARIABLE} to a directory on a larger disk"
     if error.errno == errno.EFBIG:
-        free = f"Raise the limit on the size of files (ulimit -f), or set {VARIABLE}"
+        free = f"Raise the limit on the size of files (ulimit -f), or set {DIRECTORY_VARIABLE}"
     return SpillError(
         f"{what}: {error.strerror or error}",
         expected="a disk with room for what the blocks save",

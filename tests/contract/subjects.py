@@ -165,10 +165,9 @@ def is_of_the_optimizer(subject: Subject) -> bool:
     return bool(subject.promises.applies_to == "optimizer")
 
 
-def is_unbiased(subject: Subject) -> bool:
-    """Of those whose gradients are; what optimizer methods promise is tested by their steps."""
-    is_unbiased = subject.promises.fidelity == "unbiased"
-    return bool(is_unbiased and subject.promises.applies_to == "span")
+def is_noisy(subject: Subject) -> bool:
+    """Whether its gradient is right only in expectation."""
+    return subject.promises.gradient_error is not None
 
 
 def is_default(subject: Subject) -> bool:

@@ -22,9 +22,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, SpillError
+from ..mapped import spill_directory
 from ..saved import Content, Handle, SavedTensors, restored
-from ..spill import Away, FilePlace, HostPlace, Place, spill_directory
+from ..spill import Away, FilePlace, HostPlace, Place
 from ..stack import BlockCall, Executor, Stack
 from ..tape import Evaluation, replayed
 from .base import Method, Promises
@@ -166,7 +167,7 @@ class Offload(Method):
         if "cpu" in devices:
             try:
                 spill_directory(config.directory if config is not None else None)
-            except ConfigError as error:
+            except SpillError as error:
                 return str(error)
         return None
 

@@ -141,15 +141,19 @@ def _codes(x: Tensor, bits: int, key: Tensor, first: int) -> tuple[Tensor, Tenso
     rows, width = x.shape
     top = 2**bits - 1
     x = x.float()
-    lo, hi = x.aminmax(dim=1)
-    size = hi.sub_(lo).div_(top)
+    # On a CPU aminmax takes ten times as long as both, and float to uint8 four times as long as
+    # by way of int32.
+    lo = x.amin(dim=1)
+    size = x.amax(dim=1).sub_(lo).div_(top)
     y = x - lo[:, None]
     del x
     # Equal values: any step gives code 0, and 0 brings them back exactly.
     y.div_(size.masked_fill(size == 0, 1.0)[:, None])
     y.view(-1).add_(_dither(key, first, rows * width))
     # Rounding of y + u may reach past the ends by a hair.
-    c = y.floor_().clamp_(0, top).to(torch.uint8)
+    c = y.floor_().clamp_(0, top).to(torch.int32)
+    del y
+    c = c.to(torch.uint8)
     if bits == 8:
         return lo, size, c
     half = -(-width // 2)
