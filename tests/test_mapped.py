@@ -1,6 +1,5 @@
 """Tensors in a mapped file: not counted, not resident once released, never lost."""
 
-import contextlib
 import errno
 import gc
 import mmap
@@ -11,9 +10,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from shoestring import spill
-from shoestring.errors import ConfigError, SpillError
-from shoestring.mapped import MappedFile, room
+from shoestring import mapped
+from shoestring.errors import SpillError
+from shoestring.mapped import MappedFile, filesystem, room, spill_directory
 from shoestring.meter import Tracker
 from shoestring.planner.quick import QuickFakeMode
 from shoestring.rss import status_bytes
@@ -113,14 +112,26 @@ def test_a_disk_that_fills_meanwhile_is_an_error(
         MappedFile(4096, tmp_path)
 
 
-@pytest.mark.parametrize("fake", [False, True])
-def test_a_directory_of_no_use_is_refused_for_fake_tensors_too(
-    fake: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpillError, match="there is no directory"):
+        MappedFile(4096, tmp_path / "none")
+
+
+def test_a_directory_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped, "filesystem", lambda path: "tmpfs")
+    with pytest.raises(SpillError, match=r"lies in memory \(tmpfs\)"):
+        MappedFile(4096, tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm")
+def test_the_kind_of_a_file_system_is_told() -> None:
+    assert filesystem(Path("/dev/shm")) == "tmpfs"
+
+
+def test_the_directory_is_given_or_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with QuickFakeMode() if fake else contextlib.nullcontext():
-        with pytest.raises(ConfigError, match="is not a directory"):
-            MappedFile(4096, tmp_path / "none")
-        monkeypatch.setattr(spill, "file_system", lambda directory: "tmpfs")
-        monkeypatch.delenv("SHOESTRING_SPILL_DIR", raising=False)
-        with pytest.raises(ConfigError, match="which is memory"):
-            MappedFile(4096)
+    monkeypatch.setenv("SHOESTRING_SPILL_DIR", str(tmp_path))
+    assert spill_directory() == tmp_path
+    (tmp_path / "other").mkdir()
+    assert spill_directory(tmp_path / "other") == tmp_path / "other"

@@ -87,10 +87,6 @@ class ReplayMismatch(ShoestringError, RuntimeError):
     """A replayed block did not give what it gave in forward."""
 
 
-class SpillError(ShoestringError, OSError):
-    """Tensors that cannot be moved out of memory, or not be brought back."""
-
-
 class CheckpointError(ShoestringError, OSError):
     """Saved state that cannot be written, read or verified."""
 

@@ -21,8 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manag
 
 from .errors import SpillError
 from .meter import leave_out
-from .spill import VARIABLE, spill_directory
 from .units import format_bytes
+
+DIRECTORY_VARIABLE = "SHOESTRING_SPILL_DIR"
+_IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs"})
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 class MappedFile:
@@ -39,7 +42,7 @@ class MappedFile:
         self.nbytes = pages(nbytes)
         self._used = 0
         self._map: mmap.mmap | None = None
-        place = spill_directory(str(directory) if directory else None)  # for fake tensors, too
+        place = spill_directory(directory)  # what cannot be done is not to be planned either
         if detect_fake_mode() is None and self.nbytes:
             self._map = _mapped(place, self.nbytes)
 
@@ -179,5 +182,5 @@ def _no_room(directory: Path, nbytes: int, why: str) -> SpillError:
     return SpillError(
         f"cannot take {format_bytes(nbytes)} in {directory} for a mapped file: {why}",
         expected="a directory that can be written, with that much room",
-        hint=f"Name another one in {VARIABLE}.",
+        hint=f"Name another one in {DIRECTORY_VARIABLE}.",
     )

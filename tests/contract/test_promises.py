@@ -31,7 +31,6 @@ from contract.subjects import (
     is_noisy,
     is_of_the_batch,
     is_of_the_optimizer,
-    is_unbiased,
     optimizer,
     put,
     train,

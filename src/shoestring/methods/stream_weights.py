@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from ..errors import ConfigError, StackError
-from ..mapped import MappedFile, release, room, will_need
+from ..mapped import MappedFile, release, room, spill_directory, will_need
 from ..meter import count_again, is_outside, leave_out
-from ..spill import spill_directory
 from ..stack import Stack
 from .base import Method, Promises, Undo
 
