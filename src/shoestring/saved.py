@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from .errors import ReplayMismatch
 from .stack import BlockCall
 
 SMALLEST_BYTES = 4096
@@ -117,6 +118,28 @@ class Handle:
         self.slot.leave(self.asked_in)
 
 
+class Stayed:
+    """A saved tensor that is left alone. Where hooks are, autograd leaves it to them to see that
+    nobody changed it."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        # An operator's output holds the operator, which holds this: a cycle that nothing collects.
+        self._tensor, self._version = tensor.detach(), tensor._version
+
+    def tensor(self) -> Tensor:
+        """The saved tensor. ReplayMismatch when it was changed in place since."""
+        if self._tensor._version != self._version:
+            raise ReplayMismatch(
+                f"a tensor of shape {tuple(self._tensor.shape)} that a block needs in backward was "
+                "changed in place after the forward",
+                expected="weights and inputs as they were until backward is over",
+                hint="Step the optimizer after backward, not between forward and backward.",
+            )
+        return self._tensor
+
+
 class SavedTensors:
     """The saved tensors of the blocks of one span. Holds nothing by itself: handles live in
     autograd's graph, and die with it."""
@@ -142,9 +165,10 @@ class SavedTensors:
         as autograd sees it, with its history."""
         shared = storages(block.parameters()) | storages(block.buffers()) | storages(_others(call))
 
-        def pack(tensor: Tensor) -> Tensor | Handle:
+        def pack(tensor: Tensor) -> Stayed | Handle:
             stays = not _is_plain(tensor) or tensor.untyped_storage()._cdata in shared
-            return tensor if stays or not wanted(tensor) else self.put(tensor, keep, owner)
+            kept = tensor if stays or not wanted(tensor) else self.put(tensor, keep, owner)
+            return kept if isinstance(kept, Handle) else Stayed(kept)
 
         with saved_tensors_hooks(pack, restored):
             yield
@@ -176,9 +200,9 @@ class SavedTensors:
         return known[1]()
 
 
-def restored(kept: Tensor | Handle) -> Tensor:
-    """The tensor of what `put` returned."""
-    return kept.tensor() if isinstance(kept, Handle) else kept
+def restored(kept: Tensor | Stayed | Handle) -> Tensor:
+    """The tensor of what `put` returned, or of what was saved in `SavedTensors.of`."""
+    return kept if isinstance(kept, Tensor) else kept.tensor()
 
 
 def storages(tensors: Iterable[Tensor]) -> set[int]:
