@@ -126,7 +126,9 @@ class Stayed:
 
     def __init__(self, tensor: Tensor) -> None:
         # An operator's output holds the operator, which holds this: a cycle that nothing collects.
-        self._tensor, self._version = tensor.detach(), tensor._version
+        # A leaf is nobody's output, and a backward of the backward goes on to it.
+        self._tensor = tensor if tensor.is_leaf else tensor.detach()
+        self._version = tensor._version
 
     def tensor(self) -> Tensor:
         """The saved tensor. ReplayMismatch when it was changed in place since."""
