@@ -12,13 +12,17 @@ import shoestring
 from shoestring.planner import planner, sweep
 from shoestring.planner.peers import recipes
 from shoestring.planner.sweep import thinned
+from shoestring.planner.ways import allowed
 
 
 @pytest.fixture(scope="module")
 def swept():
     torch.manual_seed(0)
     model, batch = PlainGPT(depth=4, width=32, heads=2, vocabulary=64), plain_batch(4, 64, 64)
-    plans = planner(model, batch, loss=plain_loss, seconds=False, allow="bitwise")
+    # Without offload, which widens the range so far that eight points leave gaps between recipes,
+    # and whose order along the curve is not quite that of the simulated peaks.
+    names = [m.name for m in allowed("bitwise") if m.name != "offload"]
+    plans = planner(model, batch, loss=plain_loss, seconds=False, allow=names)
     budget = int(plans.smallest_bytes * 1.3)
     return model, batch, plans, budget, sweep(plans, budget, points=8)
 

@@ -4,7 +4,8 @@ A fake twin says what a block looks like and how it is called; one block at a ti
 (sharing the weights of the model where there is one), run three times in every way on offer, in
 turn, and freed. Head, loss and stem are timed in one pass with the blocks taken out, the
 optimizer on one block's parameters and scaled by bytes. So planning needs no more memory than
-the smallest plan: one block, or the loss, at a time.
+the smallest plan: one block, or the loss, at a time. (Where blocks may keep their graphs elsewhere
+the smallest plan may be smaller than one block kept, which is timed as well.)
 
 The user's model is not touched: no gradient, buffer or random state of it changes.
 """
