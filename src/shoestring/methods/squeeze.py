@@ -37,7 +37,8 @@ class SqueezeConfig:
     """How what is saved is kept."""
 
     bits: int | str = 8
-    """8, 4, or "mixed": 4 for what is wider than the hidden state (the inside of MLPs), 8 else."""
+    """8, 4 (biased once attention's scores are large), or "mixed": 4 for what is wider than the
+    hidden state (the inside of MLPs), 8 else."""
     group: int = 256
     """Values that share a range; even. Fewer: smaller errors, 8 bytes a group."""
     seed: int = 0
