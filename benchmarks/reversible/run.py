@@ -2,7 +2,8 @@
 
     python benchmarks/reversible/run.py [--smoke] [--part NAME ...] [--rounds N]
 
-Every row trains the network of networks.py. Parts: memory (and operations), depth, accuracy,
+Every row trains the network of networks.py. Parts: memory (and operations), depth, accuracy, inputs
+(accuracy over many of them),
 equality (with stored activations, to the bit), behaviour (the checks of tests/reversible) and
 time. Times are taken in processes of their own, one for each allocator setting and number of
 threads, as medians over rounds in which every row runs once, in turn. One JSON a part goes to
@@ -73,8 +74,8 @@ def rows(shape: dict[str, int], *, peers: bool = True) -> dict[str, Callable[[],
     return found
 
 
-def data(shape: dict[str, int]) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(SEED + 1)
+def data(shape: dict[str, int], seed: int = SEED + 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape["B"], shape["T"], shape["D"], generator=generator)
 
 
@@ -132,6 +133,31 @@ def run_accuracy(shape: dict[str, int], factors: tuple[float, ...]) -> dict[str,
         found[f"x{factor:g}"] = errors
         print(f"  x{factor:g} {errors}", flush=True)
     return {"rows": found}
+
+
+def run_inputs(shape: dict[str, int], factors: tuple[float, ...], count: int) -> dict[str, Any]:
+    """The gradient error of ours over that of stored float32, input by input: of one input either
+    may be luckier."""
+    found: dict[str, Any] = {}
+    for factor in factors:
+
+        def net(way: str, factor: float = factor) -> Network:
+            sizes = {"L": shape["L"], "D": shape["D"], "seed": SEED}
+            return sharpened(lambda: Network(way, **sizes), factor)  # type: ignore[return-value]
+
+        exact, stored, ours = net("stored").double(), net("stored"), net("ours")
+        ratios = []
+        for seed in range(count):
+            x = data(shape, seed)
+            truth = gradients(exact, x.double())
+            errors = [relative_error(gradients(each, x), truth) for each in (ours, stored)]
+            ratios.append(errors[0] / errors[1])
+        found[f"x{factor:g}"] = {
+            "median": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
+            "ratios": ratios,
+        }  # fmt: skip
+        print(f"  x{factor:g} {found[f'x{factor:g}']}", flush=True)
+    return {"rows": found, "inputs": count}
 
 
 def rebuilt_error(net: Network, x: torch.Tensor) -> float:
@@ -243,6 +269,7 @@ PARTS: dict[str, Callable[[dict[str, int], bool], dict[str, Any]]] = {
     "memory": lambda shape, smoke: run_memory(shape),
     "depth": lambda shape, smoke: run_depth(shape, (2, 4) if smoke else (6, 12, 24, 48, 96)),
     "accuracy": lambda shape, smoke: run_accuracy(shape, (1.0, 4.0, 8.0)),
+    "inputs": lambda shape, smoke: run_inputs(shape, (1.0, 4.0, 8.0), 2 if smoke else 25),
     "equality": lambda shape, smoke: equality.run(
         data(shape), (2,) if smoke else (24, 48), shape["D"], SEED
     ),
@@ -256,6 +283,7 @@ def sizes_of(part: str, *, smoke: bool) -> dict[str, int]:
         return SMOKE
     small = {"depth": {"L": 0, "D": 128, "T": 128, "B": 2}}
     small["accuracy"] = {"L": 24, "D": 128, "T": 64, "B": 2}
+    small["inputs"] = small["accuracy"]
     small["equality"] = {"L": 0, "D": 128, "T": 64, "B": 2}
     small["behaviour"] = {"L": 3, "D": 16, "T": 8, "B": 2}
     return small.get(part, FULL)

@@ -18,6 +18,8 @@ def write() -> None:
         _write("time", time_table(times))
     if "depth" in parts:
         _write("depth", depth_table(parts["depth"]))
+    if "inputs" in parts:
+        _write("inputs", inputs_table(parts["inputs"]))
     if "accuracy" in parts:
         _write("accuracy", accuracy_table(parts["accuracy"]))
     if "equality" in parts:
@@ -95,6 +97,15 @@ def accuracy_table(receipt: dict[str, Any]) -> list[str]:
         digits = ".2f" if "/" in name else ".1e"
         lines.append(_row(name, *(format(errors[name], digits) for errors in rows.values())))
     return [*lines, "", _caption(receipt)]
+
+
+def inputs_table(receipt: dict[str, Any]) -> list[str]:
+    rows = receipt["numbers"]["rows"]
+    count = receipt["numbers"]["inputs"]
+    lines = _head(f"gradient error, ours / stored, {count} inputs", *(f"weights {f}" for f in rows))
+    for name in ("median", "least", "most"):
+        lines.append(_row(name, *(format(found[name], ".2f") for found in rows.values())))
+    return [*lines, "", _caption(receipt, peers=False)]
 
 
 def equality_table(receipt: dict[str, Any]) -> list[str]:

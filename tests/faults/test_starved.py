@@ -51,7 +51,7 @@ def test_a_step_without_memory_is_split_and_the_run_goes_on(settings, tmp_path):
 
 def test_a_second_time_without_memory_stops_with_a_report_and_nothing_lost(settings, tmp_path):
     config = settings(**{**BIG, "run": {"steps": 6}})
-    fate = ("little_memory", 40 * MIB, 2, MIB)
+    fate = ("little_memory", 40 * MIB, 2, 8 * MIB)  # half of the step takes 95
     victim = Victim("train", config, tmp_path / "log", *fate)
     assert victim.wait() == 3, victim.text()
     (error,) = victim.events("error")
@@ -60,7 +60,9 @@ def test_a_second_time_without_memory_stops_with_a_report_and_nothing_lost(setti
     assert "optimizer" in error["message"]
     saved, _ = Store(tmp_path / "run" / "checkpoints").newest()
     assert saved.step == 2
+    assert not (tmp_path / "run" / "model").exists()  # who writes it dies without memory
     assert resume(tmp_path / "run", steps=3).receipt["steps"] == 3
+    assert (tmp_path / "run" / "model").is_dir()
 
 
 # Weights of 12 MiB in tensors that the allocator maps one by one, and little else.

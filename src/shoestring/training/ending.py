@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import OutOfBudget, ShoestringError
 from ..report import write_report
+from .out_of_memory import OutOfMemory
 from .quality import measure_quality
 from .receipt import receipt_of
 from .resuming import save_checkpoint
@@ -39,11 +40,13 @@ def finish(job: "Job", status: str) -> Run:
 
 
 def stop(job: "Job", error: ShoestringError) -> None:
-    """Save what the updates before an error have made, with the error in the receipt."""
+    """Save what the updates before an error have made, with the error in the receipt. Where the
+    system's memory ran out there is no model/, only the checkpoint it would be made of."""
     job.optimizer.zero_grad(set_to_none=True)
     if job.updates:
         save_checkpoint(job, is_last=True)
-        _save(job, "over budget" if isinstance(error, OutOfBudget) else "diverged", str(error))
+        status = "over budget" if isinstance(error, OutOfBudget) else "diverged"
+        _save(job, status, str(error), with_model=not isinstance(error, OutOfMemory))
 
 
 def interrupted(job: "Job") -> KeyboardInterrupt:
@@ -58,16 +61,20 @@ def interrupted(job: "Job") -> KeyboardInterrupt:
     return KeyboardInterrupt(f"{when}; {cost}: the same command starts it again")
 
 
-def _save(job: "Job", status: str, error: str | None = None) -> dict[str, Any]:
+def _save(
+    job: "Job", status: str, error: str | None = None, *, with_model: bool = True
+) -> dict[str, Any]:
     if job.plan is not None:
         job.plan.restore(job.model)
     receipt = receipt_of(job, status, error)
     if job.world.is_first:
         directory = job.record.directory / "model"
-        save_model(job.model, job.data.tokenizer, directory, receipt)
+        if with_model:
+            save_model(job.model, job.data.tokenizer, directory, receipt)
         job.record.text("receipt.json", receipt_text(receipt))
         _write_report(job)
-        job.record.tell("saved", directory=str(directory))
+        if with_model:
+            job.record.tell("saved", directory=str(directory))
     job.world.barrier()
     return receipt
 

@@ -5,7 +5,8 @@ stops it is in `guard`, what it leaves behind is written by `record` and `ending
 
 Evaluation and saving are tried once before the first update, so that what fails there costs
 nothing. A run that ends early, by Ctrl-C or by a guard, leaves a checkpoint and the model as it is
-after its last whole update; the receipt says how it ended, and `resume` goes on from there.
+after its last whole update (only the former where the system's memory ran out); the receipt says
+how it ended, and `resume` goes on from there.
 """
 
 import dataclasses

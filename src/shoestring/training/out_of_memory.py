@@ -31,6 +31,11 @@ class HalfUpdateError(Exception):
         super().__init__(message)
 
 
+class OutOfMemory(OutOfBudget):
+    """The system, not the budget, had no more. What is written afterwards must need next to none:
+    the libraries that write a model end the whole process where memory is refused to them."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator said no. Our own errors about budgets are not meant."""
     if isinstance(error, ShoestringError):
@@ -74,11 +79,11 @@ def can_be_split(microbatches: Sequence[Batch], count: int) -> bool:
     return all(len(batch["input_ids"]) >= count for batch in microbatches)
 
 
-def gave_up(where: str, held: dict[str, int], message: str, *, was_split: bool) -> OutOfBudget:
+def gave_up(where: str, held: dict[str, int], message: str, *, was_split: bool) -> OutOfMemory:
     """The error that ends a run which ran out of memory again."""
     what = ", ".join(f"{name} {format_bytes(count)}" for name, count in held.items())
     again = ", though it was split already" if was_split else ""
-    return OutOfBudget(
+    return OutOfMemory(
         f"{where}: the system had no more memory{again} ({message}); what stays between steps: "
         f"{what}",
         expected="as much free memory as the budget allows",
