@@ -14,7 +14,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "shoestring"
 LEVELS = [
-    {"errors", "units", "allocator", "effort", "ops", "quiet", "rows"},
+    {"errors", "units", "allocator", "cgroups", "effort", "ops", "quiet", "rows"},
     {
         "stack",
         "meter",

@@ -3,11 +3,10 @@
     python benchmarks/reversible/run.py [--smoke] [--part NAME ...] [--rounds N]
 
 Every row trains the network of networks.py. Parts: memory (and operations), depth, accuracy, inputs
-(accuracy over many of them),
-equality (with stored activations, to the bit), behaviour (the checks of tests/reversible) and
-time. Times are taken in processes of their own, one for each allocator setting and number of
-threads, as medians over rounds in which every row runs once, in turn. One JSON a part goes to
-results/; table.py makes the tables of docs/methods/reversible.md from them.
+(accuracy over many of them), equality (with stored activations, to the bit), behaviour (the checks
+of tests/reversible) and time. Times are taken in processes of their own, one for each allocator
+setting and number of threads, as medians over rounds in which every row runs once, in turn. One
+JSON a part goes to results/; tables.py makes the tables of docs/methods/reversible.md from them.
 """
 
 import argparse

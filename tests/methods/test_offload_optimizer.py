@@ -72,6 +72,15 @@ def test_layouts_other_than_the_usual_are_kept() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["adamw fused", "adamw loop"])
+def test_states_that_begin_as_zeros_are_never_in_memory(name: str) -> None:
+    ours = measured(AWAY, OPTIMIZERS[name])
+    assert ours.history is not None
+    held = max(ours.history["bytes"].get("optimizer", [0]))
+    small = sum(2 * p.nbytes for p in gpt().parameters() if p.nbytes < PAGE)
+    assert held <= small + 4 * len(list(gpt().parameters()))
+
+
 @pytest.mark.parametrize("name", ["adamw fused", "adamw loop", "sgd momentum"])
 def test_states_of_one_parameter_at_a_time_are_counted_also_in_the_first_step(name: str) -> None:
     plain, ours = measured([], OPTIMIZERS[name]), measured(AWAY, OPTIMIZERS[name])

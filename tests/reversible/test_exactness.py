@@ -89,10 +89,11 @@ def flat(net: nn.Module) -> torch.Tensor:
     return torch.cat([g.double().flatten() for g in gradients(net).values() if g is not None])
 
 
-@pytest.mark.parametrize(("scale", "factor"), [(1.0, 1.5), (4.0, 3.0)])
+@pytest.mark.parametrize(("scale", "factor"), [(1.0, 1.5), (2.0, 1.5), (4.0, 3.0)])
 def test_gradient_error_against_float64_is_that_of_stored_float32(scale, factor):
-    """The median over several inputs. With sharp weights and 16 numbers a token one input says
-    little: from 0.4 to 5 times were seen. On the network of benchmarks/reversible it is 1.1."""
+    """The median over several inputs: with sharp weights one says little. At four times the weights
+    streams grow a hundredfold, and a grid fine enough for their first values has no room for their
+    last: float32, whose steps grow with the value, is then ahead on so small a network."""
     nets = {
         "exact": network(24, stored=True, streams="float64", scale=scale).double(),
         "stored": network(24, stored=True, streams="float32", scale=scale),

@@ -4,10 +4,11 @@ Which tensors it holds cannot be seen from outside: neither Python up to 3.13 no
 process about the objects of another.
 """
 
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..cgroups import enclosing
 from ..errors import ConfigError, ShoestringError
 
 WHY_NOT_MORE = (
@@ -18,7 +19,6 @@ _FIELDS = {
     "VmRSS": "rss_bytes", "RssAnon": "anonymous_bytes", "RssFile": "file_bytes",
     "RssShmem": "shared_bytes", "VmSwap": "swap_bytes", "VmHWM": "peak_bytes",
 }  # fmt: skip
-_NO_LIMIT = 1 << 60
 
 
 def process_totals(pid: int, root: Path = Path("/")) -> dict[str, Any]:
@@ -56,40 +56,9 @@ def process_totals(pid: int, root: Path = Path("/")) -> dict[str, Any]:
     found: dict[str, Any] = {"pid": pid, "name": status["Name"].strip()}
     for field, name in _FIELDS.items():
         found[name] = int(status[field].split()[0]) * 1024 if field in status else None
-    found["cgroups"] = sorted(_groups(root, folder), key=lambda group: group["left_bytes"])
+    groups = [
+        {**asdict(group), "left_bytes": max(0, group.left_bytes)}
+        for group in enclosing(str(pid), root)
+    ]
+    found["cgroups"] = sorted(groups, key=lambda group: group["left_bytes"])
     return found
-
-
-def _groups(root: Path, folder: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines = (folder / "cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        base = root / "sys/fs/cgroup"
-        names = ("memory.max", "memory.current", "inactive_file")
-        if "memory" in controllers.split(","):
-            base = base / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        elif controllers:
-            continue
-        parts = [part for part in path.split("/") if part and part != ".."]
-        for depth in range(len(parts), -1, -1):
-            group = _group(base.joinpath(*parts[:depth]), "/" + "/".join(parts[:depth]), *names)
-            if group is not None:
-                yield group
-
-
-def _group(folder: Path, path: str, limit: str, usage: str, cache: str) -> dict[str, Any] | None:
-    try:
-        most = (folder / limit).read_text().strip()
-        used = int((folder / usage).read_text())
-        stat = (folder / "memory.stat").read_text().splitlines()
-    except (OSError, ValueError):
-        return None
-    if most == "max" or int(most) >= _NO_LIMIT:
-        return None
-    droppable = next((int(s.split()[1]) for s in stat if s.split()[0] == cache), 0)
-    left = max(0, int(most) - used + droppable)
-    return {"path": path, "limit_bytes": int(most), "used_bytes": used, "left_bytes": left}

@@ -14,10 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError, closest
+from ..optim.stepping import MakeOptimizer as MakeOptimizer
 from ..stack import Executor, Stack
 
 Undo = Callable[[], None]
-MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

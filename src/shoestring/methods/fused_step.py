@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import ConfigError, StackError
-from ..optim.stepping import Around, coupling, evaluated, step_one
+from ..optim.stepping import Around, evaluated, refuse_coupled, step_one
 from .base import MakeOptimizer, Method, Promises
 
 _OWNERS: Any = WeakIdKeyDictionary()
@@ -214,10 +214,5 @@ class FusedStep(Method):
                 )
         _refuse_owned(parameters)
         made = make(parameters)
-        if reason := coupling(make, made, parameters):
-            raise ConfigError(
-                f"fused_step cannot step {type(made).__name__} one parameter at a time: {reason}",
-                expected="an optimizer that updates each parameter by its own gradient and state",
-                hint="Leave out fused_step, or take AdamW.",
-            )
+        refuse_coupled("fused_step", make, made, parameters)
         return SteppedInBackward(made, config)

@@ -5,7 +5,8 @@ lie in a file that is mapped into memory (on a CPU) or in pinned host memory (on
 goes parameter by parameter, fetching one's states and putting them away again (ZeRO-Offload, arXiv
 2101.06840, and ZeRO-Infinity, arXiv 2104.07857, for the idea; the arithmetic stays on the device).
 Equations: none change.
-Memory: the states of one parameter at a time. What is smaller than a page (4,096 bytes) stays.
+Memory: on a CPU none, on a GPU the states of one parameter at a time. What is smaller than a page
+(4,096 bytes) stays.
 Time: every state is read and written once a step: 8 bytes a parameter each way for AdamW, as fast
 as the disk (or the bus) is; on a CPU from the page cache where there is memory for it.
 Exactness: bitwise; states are the same numbers in another place, also in the state_dict.
@@ -15,6 +16,7 @@ file of its own.
 Source: arXiv 2101.06840, section 4; arXiv 2104.07857, section 5.
 """
 
+import contextlib
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,10 +31,11 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ConfigError
-from ..mapped import MappedFile, room
-from ..optim.stepping import Around, coupling, evaluated, step_one
+from ..mapped import MappedFile, release, room
+from ..optim.stepping import Around, evaluated, refuse_coupled, step_one
 from .base import MakeOptimizer, Method, Promises
 
 SMALLEST = mmap.PAGESIZE
@@ -55,6 +58,23 @@ class OffloadOptimizerConfig:
             )
 
 
+class _BornOutside(TorchFunctionMode):
+    """Zeros in the shape of a parameter, as most states begin, are made in the file at once."""
+
+    def __init__(self, parameter: nn.Parameter, place: Callable[[Tensor, torch.dtype], Tensor]):
+        super().__init__()
+        self._parameter, self._place = parameter, place
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.zeros_like and args and args[0] is self._parameter:
+            if kwargs.keys() <= {"dtype", "memory_format"}:
+                return self._place(self._parameter, kwargs.get("dtype") or self._parameter.dtype)
+        return func(*args, **kwargs)
+
+
 class PutAway(Around):
     """An optimizer whose states are put away after each parameter's step."""
 
@@ -63,6 +83,7 @@ class PutAway(Around):
         self._directory = directory
         self._files = [MappedFile(nbytes, directory)]
         self._homes: dict[tuple[int, str], Tensor] = {}
+        self._born: list[Tensor] = []  # in the file, in the step that is being made
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step one parameter after the other, each with its states fetched and put away."""
@@ -71,7 +92,8 @@ class PutAway(Around):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._fetch(parameter)
-                    step_one(self.inner, group, parameter)
+                    with self._birthplace(parameter):
+                        step_one(self.inner, group, parameter)
                     self._put_away(parameter)
         return loss
 
@@ -87,6 +109,20 @@ class PutAway(Around):
         super().put_state(parameter, key, value)
         self._put_away(parameter)
 
+    def _birthplace(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+        """For a parameter's first step: a new file is full of zeros, so none need to be written."""
+        plain = type(parameter) in (nn.Parameter, FakeTensor)  # a subclass is something of its own
+        if plain and parameter.device.type == "cpu" and not self.state.get(parameter):
+            return _BornOutside(parameter, self._zeros)
+        return contextlib.nullcontext()
+
+    def _zeros(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        if like.numel() * dtype.itemsize < SMALLEST or not _is_dense(like):
+            return torch.zeros(like.shape, dtype=dtype, device=like.device)
+        made = self._home(like, dtype)
+        self._born.append(made)
+        return made
+
     def _fetch(self, parameter: nn.Parameter) -> None:
         if parameter.device.type == "cpu":
             return  # the step works in the mapped file
@@ -101,27 +137,33 @@ class PutAway(Around):
             # A subclass of Tensor is something of its own; what holds it knows where.
             if type(value) not in (Tensor, FakeTensor) or value.nbytes < SMALLEST:
                 continue
+            if any(value is made for made in self._born):
+                self._homes[id(parameter), key] = value
             home = self._homes.get((id(parameter), key))
             if home is None or (home.shape, home.dtype) != (value.shape, value.dtype):
-                home = self._homes[id(parameter), key] = self._home(value, parameter)
+                home = self._homes[id(parameter), key] = self._home(value, value.dtype)
             if value is not home:
                 home.copy_(value.detach())
                 state[key] = home
-            for file in self._files:
-                file.release(home)
+            release(home)
+        self._born.clear()
 
-    def _home(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
-        """A place for a state of this size."""
-        if parameter.device.type != "cpu":
+    def _home(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """A place for a state in the shape of this tensor."""
+        if value.device.type != "cpu":
             pin = not isinstance(value, FakeTensor)
             return torch.empty_like(value, device="cpu", pin_memory=pin)
-        size = room(value.shape, value.dtype)
+        size = room(value.shape, dtype)
         if size > self._files[-1].left:  # a state that did not exist when the room was taken
             self._files.append(MappedFile(max(size, MORE), self._directory))
-        flat = self._files[-1].tensor((value.numel(),), value.dtype)
-        dense = value.untyped_storage().nbytes() == value.nbytes
+        flat = self._files[-1].tensor((value.numel(),), dtype)
         # A kernel may count on states that lie in memory as the parameter does.
-        return flat.as_strided(value.shape, value.stride()) if dense else flat.view(value.shape)
+        in_order = _is_dense(value)
+        return flat.as_strided(value.shape, value.stride()) if in_order else flat.view(value.shape)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def states_room(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> int:
@@ -176,11 +218,6 @@ class OffloadOptimizer(Method):
         for all states: it is taken here, before the first step.
         """
         made = make(parameters)
-        if reason := coupling(make, made, parameters):
-            raise ConfigError(
-                f"offload_optimizer cannot step {type(made).__name__} one parameter at a time: "
-                f"{reason}",
-                expected="an optimizer that updates each parameter by its own gradient and state",
-            )
+        refuse_coupled("offload_optimizer", make, made, parameters)
         on_cpu = all(p.device.type == "cpu" for g in made.param_groups for p in g["params"])
         return PutAway(made, states_room(make, parameters) if on_cpu else 0, config.directory)

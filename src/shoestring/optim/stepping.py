@@ -111,6 +111,18 @@ def coupling(
     return _found[key]
 
 
+def refuse_coupled(
+    method: str, make: MakeOptimizer, made: Optimizer, parameters: Sequence[nn.Parameter]
+) -> None:
+    """ConfigError, in the name of `method`, for an optimizer that couples parameters."""
+    if reason := coupling(make, made, parameters):
+        raise ConfigError(
+            f"{method} cannot step {type(made).__name__} one parameter at a time: {reason}",
+            expected="an optimizer that updates each parameter by its own gradient and state",
+            hint=f"Leave out {method}, or take AdamW.",
+        )
+
+
 def _kind(made: Optimizer) -> Any:
     names = []
     inner: Any = made

@@ -12,13 +12,14 @@ touching them first), plus what torch holds unused; 5 % for fragmentation, which
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..allocator import is_tuned
+from ..cgroups import enclosing
 from ..errors import ConfigError
 from ..units import EXPECTED_BYTES, parse_bytes
 
@@ -76,7 +77,7 @@ def cpu_free_bytes(root: Path = Path("/")) -> int:
 
     `root` stands in for / in tests. ConfigError where the system tells nothing.
     """
-    found = [*_machine(root), *_cgroups(root)]
+    found = [*_machine(root), *(group.left_bytes for group in enclosing(root=root))]
     if not found:
         raise ConfigError(
             "budget = 'auto': this system does not tell how much memory is free",
@@ -94,43 +95,3 @@ def _machine(root: Path) -> Iterator[int]:
         names = getattr(os, "sysconf_names", {})
         if root == Path("/") and "SC_AVPHYS_PAGES" in names:
             yield os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroups(root: Path) -> Iterator[int]:
-    """What each enclosing cgroup leaves: limit - usage + file cache that can be dropped."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        base = root / "sys/fs/cgroup"
-        names = ("memory.max", "memory.current", "inactive_file")
-        if "memory" in controllers.split(","):
-            base = base / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        elif controllers:
-            continue
-        for folder in _upwards(base, path):
-            left = _left(folder, *names)
-            if left is not None:
-                yield left
-
-
-def _upwards(base: Path, path: str) -> Iterable[Path]:
-    """The group's folder and those above it, as far as they are visible."""
-    parts = [p for p in path.split("/") if p and p != ".."]
-    return [base.joinpath(*parts[:i]) for i in range(len(parts), -1, -1)]
-
-
-def _left(folder: Path, limit: str, usage: str, cache: str) -> int | None:
-    try:
-        most = (folder / limit).read_text().strip()
-        used = int((folder / usage).read_text())
-        stat = (folder / "memory.stat").read_text().splitlines()
-    except (OSError, ValueError):
-        return None
-    if most == "max" or int(most) >= 1 << 60:
-        return None
-    droppable = next((int(s.split()[1]) for s in stat if s.split()[0] == cache), 0)
-    return int(most) - used + droppable

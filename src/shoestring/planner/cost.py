@@ -420,8 +420,8 @@ class Twin:
             ledger = tracker.ledger
             before = ledger.live
             chosen = optimizer_for(self.model, ways, self.step.make)(parameters)
+            ledger.peak = ledger.live
             for _ in range(2):  # the second finds the states that the first has made
-                ledger.peak = ledger.live
                 # One backward in which gradients come one by one: some step as soon as one is
                 # there, and leave none.
                 torch.autograd.backward([sink(parameter) for parameter in parameters])

@@ -209,9 +209,12 @@ def frees_gradients(ways: Iterable[Way]) -> bool:
 
 
 def apply_ways(model: nn.Module, patches: Iterable[Way], spans: Sequence[Span]) -> Undo:
-    """Put patches and spans in place; returns what undoes it, last first. Errors undo it."""
+    """Put patches and spans in place; returns what undoes it, last first. Errors undo it.
+
+    Those that change the weights come first: others may put the weights elsewhere.
+    """
     with contextlib.ExitStack() as undos:
-        for way in patches:
+        for way in sorted(patches, key=lambda way: not way.promises.changes_weights):
             how = method(way.method)
             undos.callback(how.apply(model, how.configure(way.config)))
         if spans:
