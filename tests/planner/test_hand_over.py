@@ -140,3 +140,20 @@ def test_tied_embeddings_decide_at_the_end_of_backward():
         )
     )
     assert 0 <= checked.error <= 0.03, checked
+
+
+def test_weights_of_another_dtype_are_timed_and_put_away_in_it():
+    allow = ["bf16_stochastic", "stream_weights", "offload_optimizer", "fused_step", "recompute"]
+    plans = planner(model(), BATCH, optimizer=adamw, allow=allow)
+    chosen = plans(plans.smallest_bytes)
+    assert {"bf16_stochastic", "stream_weights"} <= {w.method for w in chosen.patches}
+    assert chosen.step_seconds is not None
+    ours = model()
+    chosen.apply(ours)
+    optimizer = chosen.optimizer(ours)
+    checked = chosen.verify(lambda: steps(ours, optimizer, 2))
+    assert checked.measured <= chosen.peak_bytes
+    # float32 alone, with all else the same, needs more
+    assert planner(model(), BATCH, optimizer=adamw, allow=allow[1:],
+                   seconds=False).smallest_bytes > chosen.peak_bytes  # fmt: skip
+    chosen.restore(ours)

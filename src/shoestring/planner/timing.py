@@ -137,14 +137,14 @@ class Timer:
             parameter.grad = None
         return ran - started, ended - back
 
-    def turn(self, base: Twin, patches: Sequence[Way]) -> float:
-        """Seconds of stem, head and loss, forward and backward."""
+    def turn(self, base: Twin, twin: Twin, patches: Sequence[Way]) -> float:
+        """Seconds of stem, head and loss, forward and backward. Twins as for `block`."""
         inside = {n for n, b in base.model.named_modules() if b in set(base.stack.blocks)}
         model = materialise(base, lambda n: not any(n.startswith(f"{i}.") for i in inside))
         apply_ways(model, patches, ())
         batch = tree_map_only(Tensor, lambda t: _own(t, base.device), dict(self.step.batch))
         stack = Stack.of(model)
-        stack.apply([(0, len(stack), _Hollow(base))])
+        stack.apply([(0, len(stack), _Hollow(twin))])
         clock, taken = Stopwatch(base.device), []
         with _random_state_kept(base.device):
             for _ in range(RUNS):

@@ -264,7 +264,7 @@ class Costs:
         )  # fmt: skip
         key = _name(ways)
         if key not in self._turns:
-            seconds = self.timer.turn(self.base, ways)
+            seconds = self.timer.turn(self.base, self._twin(ways, plain=False), ways)
             if ways and not _of_another_dtype(ways):
                 seconds = max(seconds, self._turn_seconds(()))
             if self._whole is not None:
