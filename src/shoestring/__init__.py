@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ShoestringError
 
 if TYPE_CHECKING:
+    from .allocator import release
     from .doctor import Doctor
     from .meter import Meter
     from .methods.reversible import reversible
@@ -27,6 +28,7 @@ _WHERE = {
     "Stack": "stack",
     "load": "training.load",
     "plan": "planner",
+    "release": "allocator",
     "resume": "training.loop",
     "reversible": "methods.reversible",
     "train": "training.loop",
@@ -42,6 +44,7 @@ __all__ = [
     "Stack",
     "load",
     "plan",
+    "release",
     "resume",
     "reversible",
     "train",

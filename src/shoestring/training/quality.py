@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from .. import allocator
 from .evaluate import HeldOut, continuation
 from .out_of_memory import gave_up, held_by_category, is_out_of_memory, release, said
 from .prepare import precision
@@ -17,7 +18,9 @@ def measure_quality(job: "Job") -> HeldOut:
     """
     while True:
         try:
-            return _measure(job)
+            result = _measure(job)
+            allocator.release()  # an evaluation has other sizes than a step
+            return result
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or job.world.size > 1:
                 raise
