@@ -62,6 +62,7 @@ def _case(
     model: Any, body: Any, blocks: nn.ModuleList, rows: int, tokens: int, vocabulary: int
 ) -> Case:
     name = next(n for n, m in model.named_modules() if m is body)
+    model.config.use_cache = False  # a layer that is run again would append to it
 
     def own(model: Any, batch: Any) -> Tensor:
         value: Tensor = model(**batch).loss
