@@ -3,20 +3,32 @@
 For every case: predicted on a fake twin, measured by the meter over two training steps, measured
 by torch's allocator through the profiler (some cases), and two peers: four times the parameters
 (the training column of `accelerate estimate-memory`) and torch's MemTracker under fake tensors.
-Writes results/prediction.json and the table made of it, results/prediction.md.
+
+For every configuration: planned from nothing but a function that builds the model (nothing is
+run, nothing timed), at the smallest budget and half way to the largest plan; then built, planned
+into, trained by the plan's optimizer and backward, and measured.
+
+    python benchmarks/prediction/run.py [--smoke] [--out DIRECTORY]
+
+Writes results/prediction.json, and the tables made of it: prediction.md, configurations.md and
+(one line a family) families.md.
 """
 
 import argparse
 import contextlib
 import json
+import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import planned
 import torch
 import transformers
 from cases import CASES, Case
+from configurations import CONFIGURATIONS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,30 +41,57 @@ RESULTS = Path(__file__).parent / "results"
 SEED = 0
 PROFILED = 8  # every eighth case is also held against the profiler, which is slow
 SMOKE = ("Llama, grouped, padded", "GPT-2, dropout, checkpointed")
+SMOKE_CONFIGURATIONS = (0, 9, 15)
+BAR = (0.0, 3.0)  # percent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="two cases, nothing written")
+    parser.add_argument("--smoke", action="store_true", help="a few of each, nothing written")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     transformers.logging.set_verbosity_error()
-    rows = {}
-    for at, name in enumerate(SMOKE if arguments.smoke else CASES):
-        rows[name] = row = examine(CASES[name], profiled=arguments.smoke or at % PROFILED == 0)
-        print(f"{name:34} {row['measured_bytes'] / 1e6:8.2f} MB {row['error_percent']:+.3f} %")
+    rows = unplanned(SMOKE if arguments.smoke else tuple(CASES), smoke=arguments.smoke)
+    places = SMOKE_CONFIGURATIONS if arguments.smoke else range(len(CONFIGURATIONS))
+    made = with_plans(places)
     if not arguments.smoke:
-        RESULTS.mkdir(exist_ok=True)
+        arguments.out.mkdir(parents=True, exist_ok=True)
         answer = {
             "question": QUESTION,
-            "config": "cases.py beside this file; two training steps each",
+            "config": "cases.py and configurations.py beside this file; two training steps each",
             "seed": SEED,
             **environment(torch.device("cpu")),
-            "summary": summary(rows),
+            "summary": {**summary(rows), "planned": summary_of_plans(made)},
             "numbers": rows,
+            "planned": made,
         }
-        (RESULTS / "prediction.json").write_text(json.dumps(answer, indent=1) + "\n")
-        (RESULTS / "prediction.md").write_text(table(rows))
+        (arguments.out / "prediction.json").write_text(json.dumps(answer, indent=1) + "\n")
+        (arguments.out / "prediction.md").write_text(table(rows))
+        (arguments.out / "configurations.md").write_text(table_of_plans(made))
+        (arguments.out / "families.md").write_text(table_of_families(made))
+
+
+def unplanned(names: Sequence[str], *, smoke: bool) -> dict[str, dict[str, Any]]:
+    """Models as they are."""
+    rows = {}
+    for at, name in enumerate(names):
+        rows[name] = row = examine(CASES[name], profiled=smoke or at % PROFILED == 0)
+        print(f"{name:34} {row['measured_bytes'] / 1e6:8.2f} MB {row['error_percent']:+.3f} %")
+    return rows
+
+
+def with_plans(places: Sequence[int]) -> list[dict[str, Any]]:
+    """Models with plans, two budgets each."""
+    rows = []
+    for at in places:
+        rows += planned.examine(CONFIGURATIONS[at], seed=SEED, profiled=at % PROFILED == 0)
+        row = rows[-1]
+        print(
+            f"{row['configuration']:60} {row['measured_bytes'] / 1e6:8.2f} MB "
+            f"{row['error_percent']:+.3f} %"
+        )
+    return rows
 
 
 def examine(case: Case, *, profiled: bool) -> dict[str, Any]:
@@ -172,6 +211,66 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             f"| {name} | {row['measured_bytes'] / 1e6:.2f} | {row['error_percent']:+.2f} % "
             f"| {'fails' if peer is None else f'{peer:+.2f} %'} "
             f"| {row['four_times_parameters_error_percent']:+.1f} % | {row['measured_instant']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def summary_of_plans(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    errors = [row["error_percent"] for row in rows]
+    inside = [BAR[0] <= error <= BAR[1] for error in errors]
+    by_name = {row["configuration"]: True for row in rows}
+    for row, good in zip(rows, inside, strict=True):
+        by_name[row["configuration"]] &= good
+    gaps = [r["allocator_bytes"] - r["measured_bytes"] for r in rows if r["allocator_bytes"]]
+    return {
+        "configurations": len(by_name), "plans": len(rows),
+        "error_percent": [min(errors), statistics.median(errors), max(errors)],
+        "bar_percent": BAR, "configurations_in_bar": sum(by_name.values()),
+        "plans_in_bar": sum(inside), "plans_within_budget": sum(r["within_budget"] for r in rows),
+        "instants_right": sum(r["predicted_instant"] == r["measured_instant"] for r in rows),
+        "allocator_over_measured_bytes": [min(gaps), max(gaps)] if gaps else None,
+        "methods": {
+            name: sum(name in row["methods"] for row in rows)
+            for name in sorted({name for row in rows for name in row["methods"]})
+        },
+    }  # fmt: skip
+
+
+def table_of_plans(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| configuration | allowed | budget | measured MB | predicted | instant | methods |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['configuration']} | {row['allow']} | {row['budget']} "
+        f"| {row['measured_bytes'] / 1e6:.2f} | {row['error_percent']:+.2f} % "
+        f"| {row['measured_instant']} | {', '.join(row['methods'])} |"
+        for row in rows
+    ]
+    found = summary_of_plans(rows)
+    low, middle, high = found["error_percent"]
+    lines += [
+        "",
+        f"{found['configurations']} configurations, {found['plans']} plans: the prediction is off "
+        f"by {low:+.4f} % at least, {middle:+.4f} % in the median, {high:+.4f} % at most; "
+        f"{found['configurations_in_bar']} configurations within [0, +3 %], "
+        f"{found['plans_within_budget']} plans measured within their budget.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table_of_families(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| family | configurations | plans | prediction error | within budget | methods |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family in dict.fromkeys(row["family"] for row in rows):
+        mine = [row for row in rows if row["family"] == family]
+        found = summary_of_plans(mine)
+        low, _, high = found["error_percent"]
+        lines.append(
+            f"| {family} | {found['configurations']} | {len(mine)} | {low:+.2f} .. {high:+.2f} % "
+            f"| {found['plans_within_budget']} of {len(mine)} | {', '.join(found['methods'])} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -34,18 +34,24 @@ class RandomState:
         tracker = meter.active_tracker()
         self.draws = tracker.random_draws if tracker is not None else 0
         self.fake = isinstance(x, FakeTensor)
-        # Under fake tensors the generators stand still; the state's bytes are counted all the same.
-        state = torch.get_rng_state
-        self.cpu = torch.empty(_cpu_state_bytes(), dtype=torch.uint8) if self.fake else state()
+        self.cpu = self._now()
         self.device = None if self.fake else _generator_of(x.device)
         self.device_state = None if self.device is None else self.device.read()
 
+    def _now(self) -> Tensor:
+        """The CPU's state. Under fake tensors the generators stand still; the state's bytes are
+        counted all the same."""
+        if self.fake:
+            return torch.empty(_cpu_state_bytes(), dtype=torch.uint8)
+        return torch.get_rng_state()
+
     def was_used(self) -> bool:
         """Whether random numbers were drawn since."""
+        now = self._now()
         if self.fake:
             tracker = meter.active_tracker()
             return tracker is not None and tracker.random_draws != self.draws
-        if not torch.equal(self.cpu, torch.get_rng_state()):
+        if not torch.equal(self.cpu, now):
             return True
         if self.device is None:
             return False
@@ -55,10 +61,10 @@ class RandomState:
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Draw the same numbers again; the state outside is left as it was."""
+        now = self._now()
         if self.fake:
             yield
             return
-        now = torch.get_rng_state()
         torch.set_rng_state(self.cpu)
         now_device = None
         if self.device is not None:

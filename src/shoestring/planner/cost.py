@@ -36,7 +36,7 @@ from .fake import (
     simulate,
 )
 from .given import Batch, Loss, explained, loss_of
-from .quick import QuickFakeMode
+from .quick import QuickFakeMode, optimizers_may_read
 from .ways import Offer, Way, apply_ways, frees_gradients, optimizer_for, stack_of
 
 
@@ -63,9 +63,22 @@ class Step:
         for way in ways:
             if way.applies_to == "batch":
                 parts = min(way.config["parts"], rows_of(self.batch))
-                first = cut(self.batch, parts)[0]
-                return replace(self, batch=first, accumulate=self.accumulate * parts)
+                first, passes = cut(self.batch, parts)[0], self.accumulate * parts
+                return replace(self, batch=first, accumulate=passes, loss=self._loss_in_parts())
         return self
+
+    def _loss_in_parts(self) -> Loss:
+        """The loss with what `Plan.backward` does to it, to the last byte: the sum so far is kept
+        while the next part runs, and what the loop divides by is not what the part is weighted
+        by."""
+        sums: list[Tensor] = []
+
+        def weighted(model: nn.Module, batch: Batch) -> Tensor:
+            value = loss_of(model, batch, self.loss)
+            sums[:] = [value.detach()]
+            return value * 1.0 if self.accumulate > 1 else value
+
+        return weighted
 
     @property
     def keeps_gradients(self) -> bool:
@@ -175,8 +188,15 @@ class _Capture(Executor):
         assert hidden is not None
         output = call(hidden)
         meta = tree_map_only(Tensor, _as_meta, output)
-        self.calls[position] = Captured(call.args, call.kwargs, call.place, _as_meta(hidden), meta)
+        # What other parts computed (an encoder's states) has its graph there, not here.
+        args, kwargs = tree_map_only(Tensor, _without_past, (call.args, call.kwargs))
+        self.calls[position] = Captured(args, kwargs, call.place, _as_meta(hidden), meta)
         return output
+
+
+def _without_past(tensor: Tensor) -> Tensor:
+    """As it is, or cut off from what computed it, where that has a gradient to come."""
+    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
 
 
 def _as_meta(tensor: Tensor) -> Tensor:
@@ -414,7 +434,7 @@ class Twin:
         """(bytes of the optimizer's states, peak while it steps: weights and batch included), as
         `ways` have it."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        with self.mode, Tracker() as tracker:
+        with self.mode, optimizers_may_read(self.mode), Tracker() as tracker:
             tracker.seed(self.model)
             tracker.assign("other", tree_leaves(self.batch))
             ledger = tracker.ledger

@@ -22,7 +22,7 @@ from ..meter import Tracker
 from ..methods import MakeOptimizer
 from .fidelity import known_positions, without_trivial_masks
 from .given import Batch, Loss, copied, explained, loss_of, tensors_of
-from .quick import QuickFakeMode
+from .quick import QuickFakeMode, optimizers_may_read, weights_may_read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def simulate(
             if grad_clip is not None:
                 nn.utils.clip_grad_norm_(parameters, grad_clip)
 
-        with tracker, explained(type(twin).__name__):
+        with tracker, optimizers_may_read(mode), explained(type(twin).__name__):
             for number in range(steps):
                 states = len(chosen.state)
                 turn()
@@ -162,7 +162,7 @@ def fake_model(model_or_config: Any, mode: FakeTensorMode) -> nn.Module:
     if isinstance(model_or_config, nn.Module):
         return _fake_copy(model_or_config, mode)
     model_or_config = config_of(model_or_config)
-    with mode:
+    with mode, weights_may_read(mode):
         if hasattr(model_or_config, "model_type"):
             return built(model_or_config)
         if callable(model_or_config):

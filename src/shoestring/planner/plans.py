@@ -197,7 +197,8 @@ class Plan:
 
         loss: as for `shoestring.plan`; the one the plan was made with when left out.  size: what
         the loss of a batch is a mean over: the targets where it has labels of tokens (the first
-        of a row is no target), else its rows. Gradients are those of the whole batch.
+        of a row is no target), else its rows. Gradients are those of the whole batch. Autocast
+        belongs into `loss`, around the forward alone: weights cast for it else stay to the end.
         """
         loss, size = loss or self.loss, size or _size
         parts = next((w.config["parts"] for w in self.patches if w.applies_to == "batch"), 1)
@@ -217,6 +218,7 @@ class Plan:
                 value = value * (share / sum(sizes))
             value.backward()
             total = value.detach() if total is None else total + value.detach()
+            del value
         assert total is not None
         return total
 

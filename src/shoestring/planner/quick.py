@@ -7,7 +7,8 @@ plain (symbolic shapes, sparse or complex tensors, constants, several outputs th
 ordinary way, and so does every operator the first time.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -15,9 +16,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     _DISPATCH_META_HANDLERS,
+    DataDependentOutputException,
     FakeTensor,
     FakeTensorMode,
     in_kernel_invocation_manager,
+)
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
 )
 from torch.utils._pytree import tree_leaves
 
@@ -30,11 +36,14 @@ _UNUSUAL = frozenset({"lift", "lift_fresh", "lift_fresh_copy", "set_", "resize_"
 _TAGS = (
     torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view,
 )  # fmt: skip
+_READ = torch.ops.aten._local_scalar_dense.default
 _seen: dict[Any, Any] = {}
 
 
 class QuickFakeMode(FakeTensorMode):
     """As FakeTensorMode, faster on what repeats."""
+
+    reads: int | None = None  # what a number read from a tensor is; None = an error
 
     def dispatch(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = {}
@@ -43,7 +52,7 @@ class QuickFakeMode(FakeTensorMode):
         kind = _kind(func)
         if kind is None:
             attribute = _DISPATCH_META_HANDLERS.get(func)  # very often: `tensor.device`
-            return attribute(args) if attribute else super().dispatch(func, types, args, kwargs)
+            return attribute(args) if attribute else self._unusual(func, types, args, kwargs)
         parts: list[Any] = [func, torch.get_default_dtype()]
         if not self._describe(args, parts):
             return super().dispatch(func, types, args, kwargs)
@@ -62,6 +71,18 @@ class QuickFakeMode(FakeTensorMode):
         if entry is False:
             return super().dispatch(func, types, args, kwargs)
         return self._answer(entry, args)
+
+    def _unusual(
+        self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        try:
+            return super().dispatch(func, types, args, kwargs)
+        except DataDependentOutputException:
+            if self.reads is None or func is not _READ:
+                raise
+            dtype = args[0].dtype
+            kind = bool if dtype is torch.bool else float if dtype.is_floating_point else int
+            return kind(self.reads)
 
     def _describe(self, values: Sequence[Any], parts: list[Any]) -> bool:
         """Append what decides the outcome; False for what has no short description."""
@@ -109,6 +130,49 @@ class QuickFakeMode(FakeTensorMode):
         with in_kernel_invocation_manager(self):
             made = torch.empty_strided(size, stride, dtype=dtype, device="meta")
         return FakeTensor(self, made, device)
+
+
+@contextlib.contextmanager
+def optimizers_may_read(mode: FakeTensorMode) -> Iterator[None]:
+    """Within a step, an optimizer that reads a number from a tensor (Adafactor reads norms) finds
+    a one. It scales an update by it, which has no bytes; a model decides by what it reads, so
+    elsewhere it stays an error."""
+    if not isinstance(mode, QuickFakeMode):
+        yield
+        return
+    depth = 0  # optimizers may stand around one another
+
+    def begin(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+        mode.reads = 1
+
+    def end(*_: Any) -> None:
+        nonlocal depth
+        depth -= 1
+        mode.reads = 1 if depth else None
+
+    handles = [register_optimizer_step_pre_hook(begin), register_optimizer_step_post_hook(end)]
+    try:
+        yield
+    finally:
+        mode.reads = None
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def weights_may_read(mode: FakeTensorMode) -> Iterator[None]:
+    """Code that fills weights finds a zero: it asks whether a draw is out of bounds (truncated
+    normals), and draws again where one is."""
+    if not isinstance(mode, QuickFakeMode):
+        yield
+        return
+    mode.reads = 0
+    try:
+        yield
+    finally:
+        mode.reads = None
 
 
 Kind = Literal["first", "new", "several", "view"]
