@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .directory import atomic_directory
 from .manifest import verify
-from .tensors import read_tensors, write_tensors
+from .tensors import InParts, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{1,15})")
@@ -65,7 +65,11 @@ class Store:
         self.directory, self.keep = directory, keep
 
     def save(
-        self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]
+        self,
+        step: int,
+        *,
+        tensors: Mapping[str, Mapping[str, Tensor | InParts]],
+        texts: Mapping[str, str],
     ) -> Path:
         """Write the checkpoint of a step, then let older ones go. CheckpointError when it cannot
         be written; what there was is then untouched.

@@ -10,6 +10,8 @@ and place of every tensor), then the tensors' bytes without gaps.
 
 import hashlib
 import json
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -30,7 +32,28 @@ _PIECE_BYTES = 16 << 20
 _ALIGNMENT = 8
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+class InParts(ABC):
+    """A tensor that is nowhere as a whole: its rows come a part at a time, while it is written."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    layout: torch.layout
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    def numel(self) -> int:
+        """Elements of the whole."""
+        return math.prod(self.shape)
+
+    @abstractmethod
+    def parts(self) -> Iterator[Tensor]:
+        """The whole, cut along its first dimension, in order."""
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | InParts]) -> str:
     """Write `tensors` and return the file's SHA-256 in hex. CheckpointError for an odd dtype.
 
     Tensors of any device and layout of strides; what they hold is written densely.
@@ -56,9 +79,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
             file.write(piece)
             digest.update(piece)
         for tensor in tensors.values():
-            for view in _pieces(tensor):
-                file.write(view)
-                digest.update(view)
+            for part in tensor.parts() if isinstance(tensor, InParts) else (tensor,):
+                for view in _pieces(part):
+                    file.write(view)
+                    digest.update(view)
     return digest.hexdigest()
 
 

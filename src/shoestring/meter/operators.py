@@ -36,7 +36,8 @@ def plain_tensors(tensor: Tensor) -> list[Tensor]:
     """The tensors that hold the data of a wrapper subclass or a sparse tensor; else itself."""
     if is_traceable_wrapper_subclass(tensor):
         parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        return [plain for part in parts for plain in plain_tensors(part)]
+        # A DTensor flattens to its part and its mesh, which is no tensor.
+        return [p for part in parts if isinstance(part, Tensor) for p in plain_tensors(part)]
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     return [tensor]

@@ -65,6 +65,9 @@ class JobConfig:
     allow: Literal["bitwise", "exact", "unbiased", "structural"] = "exact"
     """What the planner may change about the network as given: nothing (exact), the gradient in
     expectation only (unbiased), or the network or its objective (structural)."""
+    sharding: Literal["none", "full"] = "none"
+    """What a group of processes (torchrun) divides: none = every one holds everything; full =
+    weights, gradients and optimizer states are divided over all. Alone there is nothing to divide."""
     threads: int = 0
     """CPU threads; 0 = torch's own choice."""
     nonfinite: Literal["stop", "skip"] = "stop"
@@ -346,6 +349,12 @@ class RunConfig:
                 f"data.sequence_length = {self.data.sequence_length} is longer than "
                 f"model.max_position_embeddings = {longest}",
                 hint="Shorten the sequence or lengthen the model.",
+            )
+        if self.run.sharding != "none" and self.checkpoint.background:
+            raise ConfigError(
+                f"checkpoint.background is set beside run.sharding = {self.run.sharding!r}",
+                expected="one of the two: the copy that is written from would be of everything "
+                "that is divided, in one process",
             )
         pretrained = bool(self.model.name) and not self.model.from_scratch
         if pretrained and self.model.rule != "residual" and self.run.allow != "structural":

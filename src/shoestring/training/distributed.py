@@ -2,7 +2,8 @@
 
 One process is the same code with a world of one: every function below is then the identity.
 Gloo carries CPU tensors, NCCL carries CUDA tensors. Gradients live in DDP's buckets
-(`gradient_as_bucket_view`), so that averaging needs no second copy of them.
+(`gradient_as_bucket_view`), so that averaging needs no second copy of them; or, with
+run.sharding = "full", in the parts that `sharding` makes.
 """
 
 import contextlib
@@ -14,9 +15,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError
+from .sharding import shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,12 @@ class World:
     rank: int
     size: int
     device: torch.device
+    sharding: str = "none"
+
+    @property
+    def shards(self) -> bool:
+        """Whether weights, gradients and optimizer states are divided over the processes."""
+        return self.size > 1 and self.sharding != "none"
 
     @property
     def is_first(self) -> bool:
@@ -64,8 +73,14 @@ class World:
         return [each.cpu() for each in everybodys]
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call in training: averages gradients over the world in backward."""
+        """The module to call in training: averages gradients over the world in backward.
+
+        Where the world shards the parameters are others afterwards: an optimizer comes later.
+        """
         if self.size == 1:
+            return model
+        if self.shards:
+            shard(model, init_device_mesh(self.device.type, (self.size,)))
             return model
         index = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=index, gradient_as_bucket_view=True)
@@ -77,7 +92,7 @@ class World:
 
 
 @contextlib.contextmanager
-def world(device: str) -> Iterator[World]:
+def world(device: str, sharding: str = "none") -> Iterator[World]:
     """Join the processes that torchrun started, or stand alone; leaves the group it joined."""
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -89,7 +104,7 @@ def world(device: str) -> Iterator[World]:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=10))
     try:
-        yield World(rank=rank, size=size, device=chosen)
+        yield World(rank=rank, size=size, device=chosen, sharding=sharding)
     finally:
         if joins:
             dist.destroy_process_group()

@@ -67,10 +67,10 @@ def _save(
     if job.plan is not None:
         job.plan.restore(job.model)
     receipt = receipt_of(job, status, error)
+    directory = job.record.directory / "model"
+    if with_model:
+        save_model(job.model, job.data.tokenizer, directory, receipt, world=job.world)
     if job.world.is_first:
-        directory = job.record.directory / "model"
-        if with_model:
-            save_model(job.model, job.data.tokenizer, directory, receipt)
         job.record.text("receipt.json", receipt_text(receipt))
         _write_report(job)
         if with_model:

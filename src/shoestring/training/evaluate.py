@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data.packing import Batch, Rows
 from ..errors import DataError
-from ..objectives.next_token import IGNORED, Evaluation, evaluate
+from ..objectives.next_token import IGNORED, Evaluation, evaluate, num_targets
 from .distributed import World
 
 
@@ -61,10 +61,26 @@ class HeldOutRows:
     def score(self, model: nn.Module) -> HeldOut:
         """The model's loss on these rows; every process scores its own."""
         mine = evaluate(model, self, device=self._world.device)
+        if self._world.shards:
+            self._keep_up(model)
         nats, targets = self._world.sum([mine.nats, mine.targets])
         whole = Evaluation(nats, int(targets))
         bits = whole.bits_per_byte(self.num_bytes)
         return HeldOut(whole.loss, bits, whole.targets, self.num_bytes)
+
+
+    def _keep_up(self, model: nn.Module) -> None:
+        """Forwards for nothing, where other processes have more batches: a divided model is
+        gathered by all processes together."""
+        made = sum(bool(num_targets(batch)) for batch in self)
+        counts = [0.0] * self._world.size
+        counts[self._world.rank] = made
+        missing = int(max(self._world.sum(counts))) - made
+        row = self._rows.batch([0])
+        row = {name: tensor.to(self._world.device) for name, tensor in row.items()}
+        with evaluating(model), torch.no_grad():
+            for _ in range(missing):
+                model(**row, use_cache=False)
 
 
 class Spelling:

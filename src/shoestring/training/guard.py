@@ -21,6 +21,7 @@ from ..errors import OutOfBudget, TrainingDiverged
 from ..meter import Meter
 from ..rss import RssPeak
 from ..units import format_bytes
+from .sharding import local
 
 EVERY = 100
 """Steps between two steps whose tensors are tracked."""
@@ -63,15 +64,16 @@ class FiniteGuard:
         gradients = {name: p.grad for name, p in self._model.named_parameters()}
         for name in (*self._arrived, *gradients):
             gradient = gradients[name]
-            if gradient is not None and not torch.isfinite(gradient).all():
+            if gradient is not None and not torch.isfinite(local(gradient)).all():
                 raise _diverged(step, f"the gradient of {name} is not finite")
         raise _diverged(step, f"the norm of all gradients is {norm}")
 
 
 def bad_weight(model: nn.Module) -> str | None:
-    """The name of the first weight or buffer that is not finite, if there is one."""
+    """The name of the first weight or buffer that is not finite, if there is one; of divided ones
+    in this process's part."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(local(tensor)).all():
             return name
     return None
 

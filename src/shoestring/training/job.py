@@ -50,6 +50,7 @@ from .receipt import describe_model, receipt_of
 from .record import Progress, Record
 from .resuming import restore_job
 from .save import save_model
+from .sharding import make_gatherable
 from .step import Updated, on_device
 
 SKIPS = 10
@@ -239,17 +240,19 @@ class Job:
 
         # Weights that a checkpoint brings need not be read from anywhere else.
         def build() -> nn.Module:
-            return self._builder.real(with_weights=self.saved is None)
+            return self._builder.real(with_weights=self.saved is None, divided=self.world.shards)
 
+        self.model = build() if self.plan is None else self.plan.build(build)
+        if self.world.shards:
+            make_gatherable(self.model)
+        if self.plan is not None:
+            self.plan.apply(self.model)
+        self.wrapped = self.world.wrap(self.model)
         if self.plan is None:
-            self.model = build()
             self.optimizer = self._make_optimizer(list(self.model.parameters()))
         else:
-            self.model = self.plan.build(build)
-            self.plan.apply(self.model)
             self.optimizer = self.plan.optimizer(self.model, self._make_optimizer)
         self.finite = FiniteGuard(self.model)
-        self.wrapped = self.world.wrap(self.model)
         # Equal weights everywhere, but every process drops out on its own.
         torch.manual_seed(seed + 1_000_003 * (self.world.rank + 1))
         self.record.tell("model", **describe_model(self.model))
@@ -278,13 +281,14 @@ class Job:
         """Evaluate and save once while nothing can be lost; what was saved is removed again."""
         self.record.tell("before")
         self.quality["before"] = measure_quality(self)
-        if self.world.is_first:
-            trial = self.record.directory / ".exercise"
-            try:
-                receipt = receipt_of(self, "not begun", None)
-                save_model(self.model, self.data.tokenizer, trial, receipt)
+        trial = self.record.directory / ".exercise"
+        try:
+            receipt = receipt_of(self, "not begun", None)
+            save_model(self.model, self.data.tokenizer, trial, receipt, world=self.world)
+            if self.world.is_first:
                 verify(trial)
-            finally:
+        finally:
+            if self.world.is_first:
                 shutil.rmtree(trial, ignore_errors=True)
 
     # ---- while it runs ---------------------------------------------------------------------

@@ -87,7 +87,7 @@ def resume(
 def _train(config: RunConfig, progress: Progress | None, *, resume: bool) -> Run:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    with Interruption() as interruption, joined(config.run.device) as world:
+    with Interruption() as interruption, joined(config.run.device, config.run.sharding) as world:
         job = Job(config, world, progress, resume=resume)
         try:
             with job:

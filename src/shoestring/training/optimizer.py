@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .config import OptimConfig
+from .sharding import local
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -53,9 +54,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """L2 norm of all gradients together, a float32 scalar on their device; no temporaries."""
+    """L2 norm of all gradients together, a float32 scalar on their device; no temporaries. Of
+    divided gradients: of this process's parts."""
     norms = [
-        torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+        torch.linalg.vector_norm(local(p.grad), dtype=torch.float32)
         for p in parameters
         if p.grad is not None
     ]
@@ -69,4 +71,4 @@ def clip_(parameters: Iterable[nn.Parameter], norm: float, largest: float) -> No
     scale = largest / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
     for parameter in parameters:
         if parameter.grad is not None:
-            parameter.grad.mul_(scale)
+            local(parameter.grad).mul_(scale)

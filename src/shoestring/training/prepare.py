@@ -97,14 +97,16 @@ class Builder:
         with torch.device(self._device):
             return self._build(from_scratch=True)
 
-    def real(self, *, with_weights: bool = True) -> nn.Module:
+    def real(self, *, with_weights: bool = True, divided: bool = False) -> nn.Module:
         """The model to train, on its device, in training mode.
 
         with_weights=False: a named model's own are not read, because others will take their place.
+        divided=True: it stays on the CPU, from where its parts go to the device.
         """
         # Made on the CPU, so that a seed gives the same weights for every device.
         from_scratch = self._config.from_scratch or not with_weights
-        return self._build(from_scratch=from_scratch).to(self._device).train()
+        model = self._build(from_scratch=from_scratch).train()
+        return model if divided else model.to(self._device)
 
     def shape(self) -> dict[str, Any]:
         """Every field of the model's config that decides what it computes."""

@@ -39,7 +39,8 @@ def _measure(job: "Job") -> HeldOut:
     ) as measured:
         with precision(job.config, job.world.device):
             result = job.data.held_out.score(job.model)
-        sample = _sample(job) if job.world.is_first else None
+        # A divided model is gathered by all processes together.
+        sample = _sample(job) if job.world.is_first or job.world.shards else None
     job.record.line("evaluation", step=job.updates, **result.to_json(), seconds=measured.seconds)
     if sample is not None:
         job.record.line("sample", step=job.updates, **sample)

@@ -106,7 +106,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     if not rule and isinstance(recorded, Mapping):
         rule = recorded.get("rule")
     return {
-        "name": type(model).__name__,
+        "name": type(model).__name__.removeprefix("FSDP"),  # what sharding makes of a class
         "parameters": sum(p.numel() for p in model.parameters()),
         "rule": rule or "residual",
     }

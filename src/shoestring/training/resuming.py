@@ -27,7 +27,7 @@ def save_checkpoint(job: "Job", *, is_last: bool = False) -> None:
     has_it = job.world.is_first and job.checkpoints.saved_step == job.updates
     if not job.updates or (is_last and job.world.sum([float(has_it)])[0]):
         return
-    if (name := bad_weight(job.model)) is not None:
+    if (name := _bad_weight(job)) is not None:
         # It would push a good one out, and every resume would stop again.
         message = f"{name} is not finite; the checkpoint of step {job.checkpoints.saved_step}"
         job.record.tell("checkpoint failed", message=f"{message} stays the newest")
@@ -51,10 +51,21 @@ def save_checkpoint(job: "Job", *, is_last: bool = False) -> None:
         identity=job.identity,
         machine=machine(job.world),
     )
-    if job.world.is_first:
-        texts = texts_of(job.config, job.plan)
-        job.checkpoints.save(job.updates, snapshot, texts, is_last=is_last)
+    try:
+        if job.world.is_first:
+            texts = texts_of(job.config, job.plan)
+            job.checkpoints.save(job.updates, snapshot, texts, is_last=is_last)
+    finally:
+        snapshot.finish()
     job.world.barrier()
+
+
+def _bad_weight(job: "Job") -> str | None:
+    """As `bad_weight`; in a group that has divided the weights, of all processes."""
+    name = bad_weight(job.model)
+    if job.world.shards and job.world.sum([float(name is not None)])[0]:
+        return name or "a weight in another process"
+    return name
 
 
 def restore_job(job: "Job", saved: Checkpoint, facts: dict[str, Any]) -> None:

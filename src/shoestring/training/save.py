@@ -11,19 +11,69 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..checkpoint import atomic_directory
+from ..checkpoint.directory import make_directory, unwritable
+from ..checkpoint.tensors import read_tensors, write_tensors
 from ..errors import CheckpointError, StackError
 from ..units import format_bytes
+from .distributed import World
+from .sharding import Spread, finish
+from .snapshot import writable_weights
 
 
-def save_model(model: Any, tokenizer: Any, directory: Path, receipt: Mapping[str, Any]) -> None:
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    receipt: Mapping[str, Any],
+    *,
+    world: World | None = None,
+) -> None:
     """Write `directory`, replacing what is there in one step. CheckpointError when it cannot be.
 
     model: has `save_pretrained`; tokenizer: likewise, or None; receipt: of the run, which goes in
-    as receipt.json and as the model card.
+    as receipt.json and as the model card.  world: all of its processes have to take part; the
+    first one writes.
     """
+    if world is not None and world.shards:
+        with gathered(model, directory.with_name(f".{directory.name}.weights"), world) as weights:
+            if weights is not None:
+                _save(model, tokenizer, directory, receipt, state_dict=weights)
+    elif world is None or world.is_first:
+        _save(model, tokenizer, directory, receipt)
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module, file: Path, world: World) -> Iterator[dict[str, Tensor] | None]:
+    """The whole weights of a divided model, on the first process, mapped from a file that is
+    removed afterwards: they are never in memory all at once. None on the others."""
+    weights, aliases = writable_weights(model)
+    try:
+        try:
+            if world.is_first:
+                make_directory(file.parent)
+                write_tensors(file, weights)
+        except OSError as error:
+            raise error if isinstance(error, CheckpointError) else unwritable(file, error) from error
+        finally:
+            finish([each for each in weights.values() if isinstance(each, Spread)])
+        if not world.is_first:
+            yield None
+            return
+        whole = dict(read_tensors(file))
+        # In the order of the model's own: the file has its tensors in another.
+        yield {name: whole[aliases.get(name, name)] for name in model.state_dict()}
+    finally:
+        if world.is_first:
+            file.unlink(missing_ok=True)
+
+
+def _save(
+    model: Any, tokenizer: Any, directory: Path, receipt: Mapping[str, Any], **settings: Any
+) -> None:
     if not hasattr(model, "save_pretrained"):
         raise StackError(
             f"{type(model).__name__} cannot be saved as a Hugging Face directory",
@@ -31,7 +81,7 @@ def save_model(model: Any, tokenizer: Any, directory: Path, receipt: Mapping[str
         )
     with atomic_directory(directory) as temporary, no_progress_bar():
         try:
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, **settings)
         except SafetensorError as error:
             # It wraps what the system said: "I/O error: No space left on device (os error 28)".
             raise CheckpointError(

@@ -1,7 +1,9 @@
 """All that a run needs to go on bit for bit: weights, optimizer, random numbers, positions.
 
 `Snapshot.of` takes what is alive without copying it; `copied` is a copy of its own, for a writer
-in the background. Weights that two names share are written once.
+in the background. Weights that two names share are written once. What is divided over a group of
+processes is written part by part, as the file that one process would have written, and every
+process reads back its own part: a run may go on with another number of them.
 """
 
 import json
@@ -13,12 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.tensors import InParts
 from ..errors import CheckpointError
 from ..optim import put_state
 from .distributed import World
 from .out_of_memory import is_out_of_memory
+from .sharding import Spread, divided, own_part
 
 MODEL, OPTIMIZER, RANDOM = "model.safetensors", "optimizer.safetensors", "random.safetensors"
 STATE = "state.json"
@@ -29,19 +34,20 @@ _SEPARATOR = "|"  # no parameter's name holds it
 class Snapshot:
     """What a checkpoint holds; see `Store.save`."""
 
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, dict[str, Tensor | InParts]]
     facts: dict[str, Any]
 
     @classmethod
     def of(
         cls, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, **facts: Any
     ) -> "Snapshot":
-        """Everything as it is now. Every process has to take part; the first one writes."""
+        """Everything as it is now. Every process has to take part; the first one writes, and all
+        call `finish` afterwards."""
         weights, aliases = _weights(model)
         states, groups = _optimizer(model, optimizer)
         tensors = {MODEL: weights, OPTIMIZER: states, RANDOM: _random_tensors(world)}
         return cls(
-            tensors=tensors,
+            tensors={file: _writable(part) for file, part in tensors.items()},
             facts={
                 **facts, "aliases": aliases, "groups": groups, "random": _random_numbers(),
                 "processes": world.size, "model_info": getattr(_config(model), "shoestring", None),
@@ -54,12 +60,23 @@ class Snapshot:
         return sum(t.numel() * t.itemsize for part in self.tensors.values() for t in part.values())
 
     def copied(self) -> "Snapshot":
-        """The same with tensors of its own, in host memory."""
-        tensors = {
-            file: {name: t.detach().to("cpu", copy=True) for name, t in part.items()}
-            for file, part in self.tensors.items()
+        """The same with tensors of its own, in host memory. Not of what is divided."""
+
+        def copy(tensor: Tensor | InParts) -> Tensor:
+            assert isinstance(tensor, Tensor)
+            return tensor.detach().to("cpu", copy=True)
+
+        tensors: dict[str, dict[str, Tensor | InParts]] = {
+            file: {name: copy(t) for name, t in part.items()} for file, part in self.tensors.items()
         }
         return replace(self, tensors=tensors)
+
+    def finish(self) -> None:
+        """Let every process be done with what is divided: see `Spread`."""
+        for part in self.tensors.values():
+            for tensor in part.values():
+                if isinstance(tensor, Spread):
+                    tensor.finish()
 
     def texts(self) -> dict[str, str]:
         """The JSON that goes beside the tensors."""
@@ -92,7 +109,17 @@ def restore(
     return dict(facts)
 
 
+def _writable(tensors: dict[str, Tensor]) -> dict[str, Tensor | InParts]:
+    return {n: Spread(t) if isinstance(t, DTensor) else t for n, t in tensors.items()}
+
+
 # ---- weights -----------------------------------------------------------------------------------
+
+
+def writable_weights(model: nn.Module) -> tuple[dict[str, Tensor | InParts], dict[str, str]]:
+    """As a checkpoint has them: each tensor once, and the names that share one."""
+    weights, aliases = _weights(model)
+    return _writable(weights), aliases
 
 
 def _weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -100,13 +127,16 @@ def _weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     owner: dict[Any, str] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(
                 f"{name} of the model's state is a {type(tensor).__name__}",
                 expected="tensors only: nothing is ever pickled",
             )
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        place: Any = id(tensor)  # a part of no rows lies where others do
+        if not isinstance(tensor, DTensor):
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        tensor = tensor.detach()
         first = owner.setdefault(place, name) if tensor.numel() else name
         if first == name:
             kept[name] = tensor
@@ -133,6 +163,8 @@ def _restore_weights(saved: Checkpoint, model: nn.Module, facts: Mapping[str, An
         seen.add(name)
         if name.endswith("_extra_state"):
             extra[name] = value
+        elif isinstance(target, DTensor):
+            target.to_local().copy_(own_part(value, target))
         else:
             target.copy_(value)
     if missing := set(mine) - seen:
@@ -192,7 +224,11 @@ def _restore_optimizer(
         # As in torch's Optimizer.load_state_dict: only fused and capturable ones count steps there.
         counts_here = key != "step" or group.get("fused") or group.get("capturable")
         device = parameter.device if counts_here else torch.device("cpu")
-        put_state(optimizer, parameter, key, value.to(device, copy=True))
+        whole = isinstance(parameter, DTensor) and value.shape == parameter.shape
+        put_state(
+            optimizer, parameter, key,
+            divided(value, parameter) if whole else value.to(device, copy=True),
+        )  # fmt: skip
     for group in groups:
         for parameter_name, numbers in group["numbers"].items():
             optimizer.state[parameters[parameter_name]].update(numbers)

@@ -65,6 +65,8 @@ def update(
         losses.append(mean.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     *means, norm = torch.stack([*losses, gradient_norm(parameters).to(losses[0].device)]).tolist()
+    if world.shards:
+        norm = math.sqrt(world.sum([norm**2])[0])
     _all_finite(step, means, norm, world)
     guard.check(step, means, norm)
     clip_(parameters, norm, clip)

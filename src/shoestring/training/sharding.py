@@ -1,0 +1,144 @@
+"""Weights, gradients and optimizer states divided over a group of processes (FSDP2).
+
+Every block of the stack is a unit of `torch.distributed.fsdp.fully_shard`, and what is left of
+the model another: a unit's weights are gathered for the time it runs and divided again after it.
+Tensors are divided along their first dimension as `torch.chunk` divides, so that a whole tensor is
+the processes' parts one after the other: a checkpoint is written part by part, by the first
+process, and is the same file that one process would have written.
+
+Sums are forced to be sums, and divided afterwards: gloo and NCCL then do the same arithmetic.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..checkpoint.tensors import InParts
+from ..errors import ConfigError
+from ..planner.ways import stack_of
+
+
+class Gathering:
+    """Stands in a block's instance `forward`, below whatever a plan puts there: a block that is
+    run again to rebuild an input is run outside of its own forward and backward, where its weights
+    are divided, and has to have them gathered."""
+
+    def __init__(self, block: nn.Module) -> None:
+        inner = vars(block).get("forward")
+        self._forward: Callable[..., Any] = inner or type(block).forward.__get__(block)
+        self._block: Any = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or not is_divided(self._block):
+            return self._forward(*args, **kwargs)
+        self._block.unshard()
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            self._block.reshard()
+
+
+def make_gatherable(model: nn.Module) -> None:
+    """Before a plan is put in place: see `Gathering`."""
+    for block in stack_of(model).blocks:
+        block.__dict__["forward"] = Gathering(block)
+
+
+def shard(model: nn.Module, mesh: Any) -> None:
+    """Divide the model's weights over a mesh of one dimension, in place; from here on the
+    parameters are DTensors. ConfigError for what cannot be divided, before anything is."""
+    from torch.distributed.fsdp import fully_shard
+
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            raise ConfigError(
+                f'run.sharding = "full" cannot divide {name}, which is a single number',
+                expected="weights with at least one dimension",
+                hint='Train with run.sharding = "none".',
+            )
+    for unit in (*stack_of(model).blocks, model):
+        divided: Any = fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        divided.set_force_sum_reduction_for_comms(True)
+
+
+def is_divided(module: nn.Module) -> bool:
+    """Whether this process has only its part of the weights now."""
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is divided; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def rows_of_rank(rows: int, rank: int, size: int) -> tuple[int, int]:
+    """(first row, one past the last) of a rank's part: `size` chunks, the last ones shorter."""
+    chunk = -(-rows // size)
+    return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
+
+
+def own_part(whole: Tensor, like: DTensor) -> Tensor:
+    """This process's rows of a whole tensor, as `like` is divided: a view."""
+    mesh = like.device_mesh
+    first, stop = rows_of_rank(len(whole), mesh.get_local_rank(), mesh.size())
+    return whole[first:stop]
+
+
+def divided(whole: Tensor, like: DTensor) -> DTensor:
+    """A whole tensor, divided as `like` is; the part is a copy on the device of `like`."""
+    part = own_part(whole, like).to(like.device, copy=True)
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False,
+        shape=like.shape, stride=like.stride(),
+    )  # fmt: skip
+
+
+class Spread(InParts):
+    """A divided tensor, for a writer on the first process: the parts of one rank after the other,
+    each there only while it is written.
+
+    All processes take part, each with its tensors in the same order: the first calls `parts`, the
+    others `finish`. The first calls `finish` too, whatever became of its writing: the others would
+    else wait for somebody to take their parts.
+    """
+
+    def __init__(self, tensor: DTensor) -> None:
+        self.shape, self.dtype, self.layout = tensor.shape, tensor.dtype, torch.strided
+        self._local = tensor.detach().to_local()
+        self._rank, self._size = tensor.device_mesh.get_local_rank(), tensor.device_mesh.size()
+        self._next = 0  # the rank whose part comes next
+
+    def parts(self) -> Iterator[Tensor]:
+        """On the first process: what is left of the parts, in order."""
+        assert self._rank == 0
+        while self._next < self._size:
+            rank = self._next
+            self._next += 1
+            yield self._local if rank == 0 else self._from(rank)
+
+    def _from(self, rank: int) -> Tensor:
+        first, stop = rows_of_rank(self.shape[0], rank, self._size)
+        part = self._local.new_empty((stop - first, *self.shape[1:]))
+        if part.numel():
+            dist.recv(part, src=rank)
+        return part
+
+    def finish(self) -> None:
+        """On the first process: take what it did not; on the others: hand over the part."""
+        if self._rank == 0:
+            for _ in self.parts():
+                pass
+        elif not self._next:
+            self._next = self._size
+            if self._local.numel():
+                dist.send(self._local.contiguous(), dst=0)
+
+
+def finish(spread: Sequence[Spread]) -> None:
+    """`Spread.finish` of all, in order."""
+    for each in spread:
+        each.finish()
