@@ -209,6 +209,8 @@ class ReversibleExecutor(Executor):
         if not self.info["branches"]:
             _refuse_16_bit_differences(block, hidden)
         run = self._begin(block, hidden) if position == 0 else _run_of(hidden, position)
+        if position:
+            run.cur_carrier = hidden  # the same, unless a hook put itself into its graph (FSDP2)
         first_kept = self.count - self.config.keep_top
         replay = torch.is_grad_enabled() and position < first_kept
         hold = position >= first_kept - self.config.hold_outputs

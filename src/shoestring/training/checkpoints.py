@@ -100,7 +100,8 @@ class Checkpoints:
         """The copy that is being written now: memory that the run holds besides its own."""
         if self._copy is None:
             return []
-        return [tensor for part in self._copy.tensors.values() for tensor in part.values()]
+        parts = self._copy.tensors.values()
+        return [tensor for part in parts for tensor in part.values() if isinstance(tensor, Tensor)]
 
     def _write(self, step: int, snapshot: Snapshot, texts: dict[str, str]) -> None:
         started = time.monotonic()

@@ -66,8 +66,8 @@ class JobConfig:
     """What the planner may change about the network as given: nothing (exact), the gradient in
     expectation only (unbiased), or the network or its objective (structural)."""
     sharding: Literal["none", "full"] = "none"
-    """What a group of processes (torchrun) divides: none = every one holds everything; full =
-    weights, gradients and optimizer states are divided over all. Alone there is nothing to divide."""
+    """What a group of processes (torchrun) divides: nothing (none: every one holds everything), or
+    weights, gradients and optimizer states (full)."""
     threads: int = 0
     """CPU threads; 0 = torch's own choice."""
     nonfinite: Literal["stop", "skip"] = "stop"

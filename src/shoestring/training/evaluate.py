@@ -68,7 +68,6 @@ class HeldOutRows:
         bits = whole.bits_per_byte(self.num_bytes)
         return HeldOut(whole.loss, bits, whole.targets, self.num_bytes)
 
-
     def _keep_up(self, model: nn.Module) -> None:
         """Forwards for nothing, where other processes have more batches: a divided model is
         gathered by all processes together."""

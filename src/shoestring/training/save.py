@@ -56,8 +56,10 @@ def gathered(model: nn.Module, file: Path, world: World) -> Iterator[dict[str, T
             if world.is_first:
                 make_directory(file.parent)
                 write_tensors(file, weights)
+        except CheckpointError:
+            raise
         except OSError as error:
-            raise error if isinstance(error, CheckpointError) else unwritable(file, error) from error
+            raise unwritable(file, error) from error
         finally:
             finish([each for each in weights.values() if isinstance(each, Spread)])
         if not world.is_first:

@@ -9,8 +9,9 @@ process, and is the same file that one process would have written.
 Sums are forced to be sums, and divided afterwards: gloo and NCCL then do the same arithmetic.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from ..checkpoint.tensors import InParts
 from ..errors import ConfigError
 from ..planner.ways import stack_of
+from ..stack import Runner
 
 
 class Gathering:
@@ -27,10 +29,8 @@ class Gathering:
     run again to rebuild an input is run outside of its own forward and backward, where its weights
     are divided, and has to have them gathered."""
 
-    def __init__(self, block: nn.Module) -> None:
-        inner = vars(block).get("forward")
-        self._forward: Callable[..., Any] = inner or type(block).forward.__get__(block)
-        self._block: Any = block
+    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
+        self._forward, self._block = forward, cast(Any, block)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() or not is_divided(self._block):
@@ -45,7 +45,37 @@ class Gathering:
 def make_gatherable(model: nn.Module) -> None:
     """Before a plan is put in place: see `Gathering`."""
     for block in stack_of(model).blocks:
-        block.__dict__["forward"] = Gathering(block)
+        runner, forward = None, vars(block).get("forward")
+        while isinstance(forward, Runner):  # what makes up the network stays above
+            runner, forward = forward, forward.inner
+        lowest = Gathering(block, forward or type(block).forward.__get__(block))
+        if runner is None:
+            block.__dict__["forward"] = lowest
+        else:
+            runner.inner = lowest
+
+
+class _HandOn:
+    """What methods note on a block's hidden state, handed on to the tensor that FSDP2 puts in its
+    place: `before` and `after` are hooks around FSDP2's own."""
+
+    def __init__(self) -> None:
+        self._given: list[Tensor] = []
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._given = _tensors(args, kwargs)
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        given, self._given = self._given, []
+        for old, new in zip(given, _tensors(args, kwargs), strict=True):
+            if new is not old:
+                for name in [n for n in vars(old) if n.startswith("_shoestring_")]:
+                    # Not on both: what is noted may refer to the tensor it is noted on.
+                    setattr(new, name, vars(old).pop(name))
+
+
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    return [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
@@ -60,9 +90,16 @@ def shard(model: nn.Module, mesh: Any) -> None:
                 expected="weights with at least one dimension",
                 hint='Train with run.sharding = "none".',
             )
-    for unit in (*stack_of(model).blocks, model):
-        divided: Any = fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-        divided.set_force_sum_reduction_for_comms(True)
+    # The carriers of a reversible stack are views that nobody changes in place.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view")
+    blocks = stack_of(model).blocks
+    for unit in (*blocks, model):
+        whole: Any = fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        whole.set_force_sum_reduction_for_comms(True)
+    for block in blocks:
+        hand_on = _HandOn()
+        block.register_forward_pre_hook(hand_on.before, prepend=True, with_kwargs=True)
+        block.register_forward_pre_hook(hand_on.after, with_kwargs=True)
 
 
 def is_divided(module: nn.Module) -> bool:
@@ -108,7 +145,7 @@ class Spread(InParts):
 
     def __init__(self, tensor: DTensor) -> None:
         self.shape, self.dtype, self.layout = tensor.shape, tensor.dtype, torch.strided
-        self._local = tensor.detach().to_local()
+        self._local = tensor.to_local().detach()
         self._rank, self._size = tensor.device_mesh.get_local_rank(), tensor.device_mesh.size()
         self._next = 0  # the rank whose part comes next
 
