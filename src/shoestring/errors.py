@@ -96,6 +96,16 @@ class SpillError(ShoestringError, OSError):
     directory of no use."""
 
 
+class PeerLost(ShoestringError, ConnectionError):
+    """Another process of the group is gone. rank: which one."""
+
+    def __init__(
+        self, what: str, *, rank: int, expected: object = None, hint: str | None = None
+    ) -> None:
+        self.rank = rank
+        super().__init__(what, expected=expected, hint=hint)
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """A hint naming the nearest known name, or None when nothing is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -147,4 +147,8 @@ def entry() -> None:
         # what is left in the buffer would fail again when Python exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    if code and os.environ.get("WORLD_SIZE", "1") != "1":
+        # What carries tensors between processes may abort while Python ends, where one is gone.
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

@@ -7,6 +7,7 @@ run.sharding = "full", in the parts that `sharding` makes.
 """
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError, ShoestringError
+from .peers import Peers
 from .sharding import shard
 
 
@@ -30,6 +32,7 @@ class World:
     size: int
     device: torch.device
     sharding: str = "none"
+    peers: Peers | None = None
 
     @property
     def shards(self) -> bool:
@@ -93,21 +96,47 @@ class World:
 
 @contextlib.contextmanager
 def world(device: str, sharding: str = "none") -> Iterator[World]:
-    """Join the processes that torchrun started, or stand alone; leaves the group it joined."""
+    """Join the processes that torchrun started, or stand alone; leaves the group it joined.
+
+    PeerLost, in place of whatever came of it, where another process of the group is gone.
+    """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    joins = size > 1 and not dist.is_initialized()
+    if size == 1:
+        yield World(rank=rank, size=size, device=chosen)
+        return
+    joins = not dist.is_initialized()
     if joins:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=10))
+    alone = World(rank=rank, size=size, device=chosen, sharding=sharding)
+    peers = Peers(rank, size, alone.share)
+    failure: BaseException | None = None
     try:
-        yield World(rank=rank, size=size, device=chosen, sharding=sharding)
+        yield dataclasses.replace(alone, peers=peers)
+        dist.barrier()  # who leaves while others still speak to it makes them fail
+    except BaseException as error:
+        failure = error
+        if _is_news_of_a_loss(error, peers):
+            failure = peers.error()
+            raise failure from error
+        raise
     finally:
-        if joins:
+        if joins and peers.lost is None:  # else it could wait for the one that is gone
             dist.destroy_process_group()
+        peers.close(failure)
+
+
+def _is_news_of_a_loss(error: BaseException, peers: Peers) -> bool:
+    """Whether what failed here failed because another process is gone. What only libraries raise,
+    and what came of it in a checkpoint, may be ahead of the news."""
+    foreign = isinstance(error, Exception) and not isinstance(error, ShoestringError)
+    if foreign or isinstance(error, CheckpointError):
+        return peers.verdict()
+    return peers.lost is not None
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

@@ -5,6 +5,7 @@ How it gets into a checkpoint and out of one is in `resuming`, how it ends in `e
 
 import contextlib
 import gc
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -97,6 +98,8 @@ class Job:
 
     def __enter__(self) -> Self:
         self._lock.__enter__()
+        if self.world.peers is not None:
+            self.world.peers.hint = self._how_to_go_on
         try:
             self._find()
             self._prepare_data()
@@ -120,6 +123,15 @@ class Job:
         self.checkpoints.wait()
         self.record.close()
         self._lock.__exit__(kind, error, trace)
+
+    def _how_to_go_on(self) -> str | None:
+        if not self.has_begun:
+            return None
+        directory = shlex.quote(str(self.record.directory))
+        return (
+            f"Start the group again with shoestring resume {directory}: it goes on from the newest "
+            "checkpoint, with as many processes or others."
+        )
 
     @property
     def was_resumed(self) -> bool:
