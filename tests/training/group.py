@@ -173,3 +173,48 @@ def _die_at(owner: type, name: str, count: int) -> None:
         return method(*args)
 
     setattr(owner, name, fatal)
+
+
+def full_disk_once(rank: int, count: int) -> None:
+    """The disk is full in the middle of the first checkpoint, after so many parts."""
+    if rank == 0:
+        import errno
+
+        from shoestring.training import sharding
+
+        parts, left = sharding.Spread.parts, iter(range(count))
+        broken = []
+
+        def fails(self: sharding.Spread) -> Any:
+            if next(left, None) is None and not broken and self._next == 0:
+                broken.append(True)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return parts(self)
+
+        from shoestring.training import checkpoints
+
+        save = checkpoints.Store.save
+
+        def saves(*args: Any, **kwargs: Any) -> Any:
+            sharding.Spread.parts = fails
+            try:
+                return save(*args, **kwargs)
+            finally:
+                sharding.Spread.parts = parts
+
+        checkpoints.Store.save = saves
+
+
+def infinite_gradient(rank: int, victim: int, step: int) -> None:
+    """One process's part of a gradient is not finite before an update."""
+    if rank == victim:
+        from shoestring.training import step as module
+
+        norm, calls = module.gradient_norm, iter(range(1, step))
+
+        def spoiled(parameters: Any) -> Any:
+            if next(calls, None) is None:
+                parameters[0].grad.to_local().view(-1)[0] = float("inf")
+            return norm(parameters)
+
+        module.gradient_norm = spoiled

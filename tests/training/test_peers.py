@@ -33,9 +33,18 @@ def steps(directory: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if line["event"] == "step"]
 
 
-@pytest.mark.slow  # three groups of processes each
-@pytest.mark.parametrize("sharding", ["none", "full"])
-@pytest.mark.parametrize("victim", [0, 1])
+SLOW = pytest.mark.slow  # three groups of processes each
+
+
+@pytest.mark.parametrize(
+    ("sharding", "victim"),
+    [
+        pytest.param("none", 0, marks=SLOW),
+        pytest.param("none", 1, marks=SLOW),
+        pytest.param("full", 0, marks=SLOW),
+        ("full", 1),
+    ],
+)
 def test_killed_process_ends_the_others_by_name_and_resume_is_exact(
     settings, tmp_path, sharding, victim
 ):
