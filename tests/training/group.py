@@ -92,7 +92,7 @@ def _live(
         done = train(config) if action == "train" else resume(config.run.directory)
         code = 130 if done.receipt["status"] == "interrupted" else 0
     except ShoestringError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         code = error.exit_code
     sys.stderr.flush()
     os._exit(code)  # what the system's libraries do afterwards is not what is tested

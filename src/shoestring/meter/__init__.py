@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ..rss import RssPeak
 from .ledger import CATEGORIES, Charge, Ledger
+from .operators import tensors_in
 from .outside import count_again, is_outside, leave_out
 from .profiler import allocator_peak
 from .tracker import Tracker, active_tracker
@@ -36,6 +37,7 @@ __all__ = [
     "count_again",
     "is_outside",
     "leave_out",
+    "tensors_in",
 ]
 
 

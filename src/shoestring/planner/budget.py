@@ -21,6 +21,7 @@ from torch import nn
 from ..allocator import is_tuned
 from ..cgroups import enclosing
 from ..errors import ConfigError
+from ..meter import tensors_in
 from ..units import EXPECTED_BYTES, parse_bytes
 
 CPU_MARGIN_TUNED = 0.08
@@ -57,8 +58,9 @@ def resident_bytes(model: nn.Module | None, device: torch.device) -> int:
     for tensor in (*model.parameters(), *model.buffers()):
         for part in (tensor, tensor.grad if tensor.is_leaf else None):
             if part is not None and part.device.type == device.type:
-                storage = part.untyped_storage()
-                seen[storage._cdata] = storage.nbytes()
+                for plain in tensors_in((part,)):  # of a divided one, the part that is here
+                    storage = plain.untyped_storage()
+                    seen[storage._cdata] = storage.nbytes()
     return sum(seen.values())
 
 

@@ -96,7 +96,11 @@ class Planner:
         for patches in self.costs.combinations:
             variant = self.costs.variant(patches, timed=timed and self.timed)
             choices = [choice(variant, s, o) for s, o in variant.outcomes]
-            found += self._corrected(choices) if self.offer.streams else choices
+            if self.offer.streams:
+                choices = self._corrected(choices)
+            elif self.step.division is not None:
+                choices = self._corrected_by_peak(choices)
+            found += choices
         kept: list[Choice] = []
         for c in sorted(found, key=lambda c: (c.peak_bytes, c.seconds, len(c.patches))):
             if not kept or c.seconds < kept[-1].seconds:
@@ -112,6 +116,28 @@ class Planner:
                     + (last - first) * c.spans[0].config["keep_top"] // n)
             for c in choices
         ]  # fmt: skip
+
+    def _corrected_by_peak(self, choices: list[Choice]) -> list[Choice]:
+        """Choices for a divided stack: as far off as the two ends are, in between in proportion
+        to their peaks."""
+        (low, first), (high, last) = self._off_by_peak
+
+        def corrected(peak: int) -> int:
+            share = min(max((peak - low) / (high - low), 0.0), 1.0) if high > low else 0.0
+            return peak + round(first + (last - first) * share)
+
+        return [replace(c, peak_bytes=corrected(c.peak_bytes)) for c in choices]
+
+    @cached_property
+    def _off_by_peak(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(peak by the chain model, how far that is off the simulation) of the choice with the
+        lowest peak and of that with the highest: when units are gathered and freed is known there
+        only."""
+        base = self.costs.variant(())
+        choices = [choice(base, s, o) for s, o in base.outcomes]
+        ends = min(choices, key=lambda c: c.peak_bytes), max(choices, key=lambda c: c.peak_bytes)
+        off = [(c.peak_bytes, self.promise(c).peak_bytes - c.peak_bytes) for c in ends]
+        return off[0], off[1]
 
     @cached_property
     def _off(self) -> tuple[int, int]:

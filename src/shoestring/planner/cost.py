@@ -27,6 +27,7 @@ from ..methods import MakeOptimizer
 from ..rows import cut, rows_of
 from ..stack import BlockCall, Executor, Runner, Stack, hidden_of, with_hidden
 from .chain import BlockCost, Chain, Option
+from .division import Division, Units, divided_chain
 from .fake import (
     Profile,
     _autocast,
@@ -52,6 +53,8 @@ class Step:
     autocast: torch.dtype | None = None
     accumulate: int = 1
     grad_clip: float | None = None
+    division: Division | None = None
+    """Over how many processes its weights are divided, and how."""
 
     @property
     def make(self) -> MakeOptimizer:
@@ -96,6 +99,8 @@ class Step:
             twins.append(model)
             if put is not None:
                 put(model)
+            if self.division is not None:
+                self.division.divide(model)
 
         def make(parameters: list[nn.Parameter]) -> Optimizer:
             return optimizer_for(twins[0], ways, self.make)(parameters)
@@ -510,6 +515,11 @@ def measure_chain(
         blocks=tuple(costs[k] for k in kinds), turn_peak=turn.peak, turn_gradients=turn.gradients
     )
     end = turn.stem_peak + sum(costs[k].gradients for k in kinds)
+    if (division := twin.step.division) is not None:
+        units = Units.of(twin.model, twin.stack.blocks)
+        chain, resident, end = divided_chain(
+            chain, resident, end, units, size=division.size, accumulates=twin.step.accumulate > 1
+        )
     return chain, kinds, resident, end
 
 

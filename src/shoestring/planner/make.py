@@ -15,6 +15,7 @@ from .budget import budget_bytes
 from .changes import out_of_budget
 from .choose import Choice, Planner
 from .cost import Step
+from .division import Division
 from .fake import class_of, config_of
 from .given import refuse_other_kinds
 from .made_for import MadeFor, Watched, in_parts
@@ -73,11 +74,15 @@ def planner(
     accumulate: int = 1,
     grad_clip: float | None = None,
     hands_over: Sequence[str] = (),
+    division: Division | None = None,
 ) -> "PlanFor":
-    """As `plan`, for several budgets: measures once, then answers `planner(...)(budget)`."""
+    """As `plan`, for several budgets: measures once, then answers `planner(...)(budget)`.
+
+    division: how the weights are divided over a group of processes, of which this is one.
+    """
     step = Step(
         model=model, batch=batch, optimizer=factory_of(optimizer), loss=Watched(loss),
-        autocast=autocast, accumulate=accumulate, grad_clip=grad_clip,
+        autocast=autocast, accumulate=accumulate, grad_clip=grad_clip, division=division,
     )  # fmt: skip
     return PlanFor(Planner(step, allow=allow, seconds=seconds, hands_over=hands_over))
 

@@ -163,6 +163,8 @@ class Costs:
                 return replace(self._in_parts(way).variant(rest, timed=timed), patches=patches)
         priced = self._timed_chain(patches, plain) if timed else self._chain(patches, plain)
         states, floor = self._optimizer(patches, plain)
+        if (division := self.step.division) is not None:  # what steps is divided as a whole
+            states, floor = states // division.size, floor // division.size
         return Variant(
             patches=patches, offer=priced.offer, chain=priced.chain, kinds=priced.kinds,
             resident=priced.resident + states,

@@ -20,8 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CheckpointError, ConfigError, ShoestringError
+from ..planner.division import Division
 from .peers import Peers
-from .sharding import shard
+from .sharding import rehearsed, shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,11 @@ class World:
             return model
         index = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=index, gradient_as_bucket_view=True)
+
+    def rehearsal(self) -> contextlib.AbstractContextManager[Division | None]:
+        """How a planner divides fake twins as `wrap` divides the model; None where it does not.
+        All processes enter it together."""
+        return rehearsed(self.size, self.device) if self.shards else contextlib.nullcontext()
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -24,6 +24,7 @@ from ..errors import OutOfBudget, TrainingDiverged
 from ..objectives.next_token import Batch
 from ..planner import Plan
 from ..planner.budget import CPU_MARGIN_TUNED, resident_bytes
+from ..planner.division import Division
 from ..report import memory_json
 from ..rss import status_bytes
 from ..units import format_bytes
@@ -51,7 +52,6 @@ from .receipt import describe_model, receipt_of
 from .record import Progress, Record
 from .resuming import restore_job
 from .save import save_model
-from .sharding import make_gatherable
 from .step import Updated, on_device
 
 SKIPS = 10
@@ -202,6 +202,11 @@ class Job:
             check_same(self.identity, self.facts, self.saved)
 
     def _plan(self) -> None:
+        with self.world.rehearsal() as division:
+            self._plan_with(division)
+        self.record.tell("plan", plan=self.plan, limit_bytes=self.limit_bytes)
+
+    def _plan_with(self, division: Division | None) -> None:
         config, device = self.config, self.world.device
         self.loss = loss_function(config, device)
         self._make_optimizer = optimizer_factory(config.optim, device)
@@ -219,6 +224,7 @@ class Job:
                 loss=self.loss,
                 optimizer=self._make_optimizer,
                 world=self.world,
+                division=division,
             )
         self.limit_bytes = config.run.budget_bytes
         if self.plan is not None:
@@ -231,8 +237,8 @@ class Job:
             loss=self.loss,
             optimizer=self._make_optimizer,
             limit=self.limit_bytes,
+            division=division,
         )
-        self.record.tell("plan", plan=self.plan, limit_bytes=self.limit_bytes)
 
     def _check_still_fits(self, plan: Plan) -> None:
         """A checkpoint's plan may meet a smaller budget than it was made for."""
@@ -255,8 +261,6 @@ class Job:
             return self._builder.real(with_weights=self.saved is None, divided=self.world.shards)
 
         self.model = build() if self.plan is None else self.plan.build(build)
-        if self.world.shards:
-            make_gatherable(self.model)
         if self.plan is not None:
             self.plan.apply(self.model)
         self.wrapped = self.world.wrap(self.model)

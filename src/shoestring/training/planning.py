@@ -15,6 +15,7 @@ from ..meter import Tracker
 from ..objectives.next_token import Batch
 from ..planner import Plan, PlanFor, planner
 from ..planner.budget import automatic
+from ..planner.division import Division
 from ..planner.fake import fake_batch, fake_model
 from ..planner.quick import QuickFakeMode
 from ..planner.ways import allowed
@@ -35,6 +36,7 @@ def make_plan(
     loss: LossFunction,
     optimizer: OptimizerFactory,
     world: World,
+    division: Division | None = None,
 ) -> Plan | None:
     """The plan for a model that `build` makes, or None where run.budget is "none".
 
@@ -46,7 +48,9 @@ def make_plan(
         return None
     text = ""
     if world.is_first:
-        plans = plans_of_run(config, build, batch, loss=loss, optimizer=optimizer, world=world)
+        plans = plans_of_run(
+            config, build, batch, loss=loss, optimizer=optimizer, world=world, division=division
+        )
         text = plans(budget_of_run(config, world)).to_json()
     return Plan.from_json(world.share(text))
 
@@ -60,8 +64,15 @@ def plans_of_run(
     optimizer: OptimizerFactory,
     world: World,
     seconds: bool = True,
+    division: Division | None = None,
 ) -> PlanFor:
-    """The plans of a run for any budget, whatever its own and its plan.file are."""
+    """The plans of a run for any budget, whatever its own and its plan.file are.
+
+    division: from `World.rehearsal`, which has to last as long as plans are asked for.
+    """
+    # DDP keeps gradients in its buckets from step to step; a second microbatch finds those of the
+    # first, which is the same to the planner.
+    keeps = world.size > 1 and not world.shards
     return planner(
         build,
         _with_waiting(batch, config, build),
@@ -70,11 +81,10 @@ def plans_of_run(
         hands_over=() if world.size > 1 else HANDED_OVER,
         loss=_as_in_update(loss),
         seconds=seconds,
-        # DDP keeps gradients in its buckets from step to step; a second microbatch finds
-        # those of the first, which is the same to the planner.
-        accumulate=max(config.optim.accumulate, 2 if world.size > 1 else 1),
+        accumulate=max(config.optim.accumulate, 2 if keeps else 1),
         # Whether or not they are clipped, the norm of all gradients is taken.
         grad_clip=config.optim.grad_clip or 1.0,
+        division=division,
     )
 
 
@@ -130,6 +140,7 @@ def rows_that_fit(
     loss: LossFunction,
     optimizer: OptimizerFactory,
     limit: int | None,
+    division: Division | None = None,
 ) -> int:
     """How many rows of `batch` an evaluation can score at once within `limit` bytes.
 
@@ -141,7 +152,9 @@ def rows_that_fit(
     peak = 0
     while rows:
         part = {name: tensor[:rows] for name, tensor in batch.items()}
-        peak = evaluation_bytes(build, part, chosen, loss=loss, optimizer=optimizer)
+        peak = evaluation_bytes(
+            build, part, chosen, loss=loss, optimizer=optimizer, division=division
+        )
         if peak <= limit:
             return rows
         rows //= 2
@@ -161,16 +174,20 @@ def evaluation_bytes(
     *,
     loss: LossFunction,
     optimizer: OptimizerFactory,
+    division: Division | None = None,
 ) -> int:
     """Predicted peak of scoring `batch`: a forward of a fake twin, and the optimizer's states."""
     mode = QuickFakeMode()
     twin = fake_model(build, mode)
     fake = fake_batch(batch, mode)
     with mode:
+        if chosen is not None:
+            chosen.apply(twin)
+        if division is not None:
+            division.divide(twin)
         if chosen is None:
             made = optimizer(list(twin.parameters()))
         else:
-            chosen.apply(twin)
             made = chosen.optimizer(twin, optimizer)
         for parameter in twin.parameters():
             if parameter.requires_grad:

@@ -9,6 +9,7 @@ process, and is the same file that one process would have written.
 Sums are forced to be sums, and divided afterwards: gloo and NCCL then do the same arithmetic.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -16,10 +17,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..checkpoint.tensors import InParts
 from ..errors import ConfigError
+from ..planner.division import Division
 from ..planner.ways import stack_of
 from ..stack import Runner
 
@@ -42,17 +45,32 @@ class Gathering:
             self._block.reshard()
 
 
-def make_gatherable(model: nn.Module) -> None:
-    """Before a plan is put in place: see `Gathering`."""
-    for block in stack_of(model).blocks:
+def _make_gatherable(blocks: Sequence[nn.Module]) -> None:
+    for block in blocks:
         runner, forward = None, vars(block).get("forward")
-        while isinstance(forward, Runner):  # what makes up the network stays above
+        while isinstance(forward, Runner):  # plans, and what makes up the network, stay above
             runner, forward = forward, forward.inner
         lowest = Gathering(block, forward or type(block).forward.__get__(block))
         if runner is None:
             block.__dict__["forward"] = lowest
         else:
             runner.inner = lowest
+
+
+class _SumInPlace:
+    """Sums divided gradients on gloo, whose own way is this one on a copy of them. What they are
+    summed in is FSDP2's, and read by nobody afterwards."""
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any,
+        async_op: bool = False,
+    ) -> None:  # fmt: skip
+        assert not async_op
+        dist.all_reduce(input_tensor, op=op, group=group)
+        output_tensor.copy_(input_tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)])
 
 
 class _HandOn:
@@ -93,13 +111,35 @@ def shard(model: nn.Module, mesh: Any) -> None:
     # The carriers of a reversible stack are views that nobody changes in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view")
     blocks = stack_of(model).blocks
+    _make_gatherable(blocks)
     for unit in (*blocks, model):
         whole: Any = fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         whole.set_force_sum_reduction_for_comms(True)
+        if mesh.device_type == "cpu":
+            whole.set_custom_reduce_scatter(_SumInPlace())
     for block in blocks:
         hand_on = _HandOn()
         block.register_forward_pre_hook(hand_on.before, prepend=True, with_kwargs=True)
         block.register_forward_pre_hook(hand_on.after, with_kwargs=True)
+
+
+@contextlib.contextmanager
+def rehearsed(size: int, device: torch.device) -> Iterator[Division]:
+    """How a planner divides fake twins: over a group of `size` that moves nothing. Within a group
+    of processes all of them have to take part."""
+    # Registers the backend "fake", which is what torch's own estimates of memory run on.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    alone = not dist.is_initialized()
+    if alone:
+        dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    group = dist.group.WORLD if alone else dist.new_group(backend="fake")
+    try:
+        # A name of its own: to DTensor's caches equal meshes are one, and this one goes.
+        mesh = DeviceMesh.from_group(cast(Any, group), device.type, mesh_dim_names=("rehearsed",))
+        yield Division(size=size, divide=lambda model: shard(model, mesh))
+    finally:
+        dist.destroy_process_group(None if alone else group)
 
 
 def is_divided(module: nn.Module) -> bool:
