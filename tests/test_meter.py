@@ -548,3 +548,17 @@ def test_what_is_left_out_is_not_counted_and_its_copies_are() -> None:
             count_again([outside])
             outside.add_(1)
             assert tracker.live_bytes == 40 + 2 * copy.nbytes
+
+
+def test_empty_storage_that_is_given_memory_counts_from_then_on() -> None:
+    # as FSDP2 keeps what it gathers: the storage is there all along, its bytes are not
+    kept = torch.empty(1000)
+    kept.untyped_storage().resize_(0)
+    with Meter() as meter:
+        torch.ones(500).sum()
+        kept.untyped_storage().resize_(4000)
+        kept.fill_(1.0)
+        kept.untyped_storage().resize_(0)
+    assert meter.baseline_bytes == 0
+    assert meter.peak_bytes == 4000
+    assert meter.end_bytes == 0

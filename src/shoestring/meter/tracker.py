@@ -12,7 +12,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .history import EXISTING, History
 from .ledger import CATEGORIES, Charge, Ledger, rounded
@@ -269,10 +269,15 @@ class Tracker(TorchDispatchMode):
         reference.ledger.live -= reference.nbytes
         reference.ledger.by_category[reference.category] -= reference.nbytes
 
-    def _resized(self, storage: torch.UntypedStorage) -> None:
+    def _resized(self, storage: torch.UntypedStorage, before: int) -> None:
         """Follow `UntypedStorage.resize_`, which no dispatcher sees."""
         charge = self._charges.get(storage._cdata)
         if charge is None:
+            if not before and storage.device.type != "meta":
+                # An empty one is given memory, as FSDP2 does for every gathering: made now.
+                with _disable_current_modes():
+                    view = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+                self.charge_created(view)
             return
         nbytes = rounded(storage.nbytes(), charge.ledger.device)
         history = charge.ledger.history

@@ -28,13 +28,14 @@ def watch_rng_states(made: Callable[[Tensor], None]) -> Callable[[], None]:
     return undo
 
 
-def watch_resize(resized: Callable[[torch.UntypedStorage], None]) -> Callable[[], None]:
-    """Report storages that `UntypedStorage.resize_` grew or shrank."""
+def watch_resize(resized: Callable[[torch.UntypedStorage, int], None]) -> Callable[[], None]:
+    """Report storages that `UntypedStorage.resize_` grew or shrank, and the bytes they had."""
     original = torch.UntypedStorage.resize_
 
     def resize_(storage: torch.UntypedStorage, nbytes: int) -> Any:
+        before = storage.nbytes()
         out = original(storage, nbytes)
-        resized(storage)
+        resized(storage, before)
         return out
 
     torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment,method-assign]
