@@ -1,5 +1,6 @@
 """A group that divides its weights computes what one process does, and saves the same files."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,12 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from shoestring.checkpoint import Store
 from shoestring.checkpoint.tensors import InParts, write_tensors
 from shoestring.errors import ConfigError
+from shoestring.planner import plan, planner
+from shoestring.planner.ways import Way
+from shoestring.training.distributed import World
 from shoestring.training.loop import resume, train
-from shoestring.training.sharding import rows_of_rank
+from shoestring.training.planning import refuse_in_group
+from shoestring.training.sharding import rehearsed, rows_of_rank
 from training.group import Group, run
 
 FULL = {"sharding": "full"}
@@ -147,3 +153,112 @@ def test_gradient_that_is_not_finite_in_one_part_stops_all(settings, tmp_path):
 def test_copy_for_the_background_is_refused_beside_sharding(settings):
     with pytest.raises(ConfigError, match=r"checkpoint.background is set beside run.sharding"):
         settings(run=FULL, checkpoint={"background": True})
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("stream_weights", "puts the weights"), ("offload_optimizer", "steps as it is"),
+     ("fused_step", "steps as it is"), ("low_bit_states", "steps as it is"),
+     ("bf16_stochastic", "steps as it is")],
+)  # fmt: skip
+def test_methods_that_contradict_a_group_are_refused_by_name(
+    settings, tmp_path, sharding, name, why
+):
+    two = World(rank=0, size=2, device=torch.device("cpu"), sharding=sharding)
+    setting = "run.sharding = 'full' over 2" if sharding == "full" else "a group of 2 processes"
+    asked = settings(run={"sharding": sharding, "allow": "unbiased"}, plan={"only": (name,)})
+    with pytest.raises(ConfigError, match=f"plan.only names '{name}'.*{setting}.*{why}"):
+        refuse_in_group(asked, two)
+    refuse_in_group(asked, World(rank=0, size=1, device=torch.device("cpu")))
+    made = plan(
+        Net, {"x": torch.ones(2, 8)}, budget="1MiB", seconds=False, allow=["keep"],
+        loss=lambda model, batch: model(batch["x"]).sum(),
+    )  # fmt: skip
+    file = tmp_path / "plan.json"
+    file.write_text(dataclasses.replace(made, patches=(Way(name),)).to_json())
+    with pytest.raises(ConfigError, match=f"plan.file = .* names '{name}'"):
+        refuse_in_group(settings(plan={"file": str(file)}), two)
+
+
+@pytest.mark.slow
+def test_group_is_refused_before_anything_is_there(settings, tmp_path):
+    config = settings(run=FULL, plan={"only": ("offload_optimizer",)})
+    group = Group("train", config, 2, tmp_path / "logs")
+    assert group.wait() == [2, 2]
+    assert all("plan.only names 'offload_optimizer'" in said for said in group.said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_single_number_cannot_be_divided():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    with (
+        rehearsed(2, torch.device("cpu")) as division,
+        pytest.raises(ConfigError, match="cannot divide scale, which is a single number"),
+    ):
+        division.divide(model)
+    assert not any(isinstance(p, DTensor) for p in model.parameters())
+
+
+class Block(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(width, 3 * width), torch.nn.Linear(3 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Linear(8, 32)
+        self.layers = torch.nn.ModuleList(Block(32) for _ in range(4))
+        self.head = torch.nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("size", [2, 3])
+def test_planner_divides_what_is_divided_and_nothing_else(size, accumulate):
+    def peaks(rows: int) -> tuple[int, dict[str, int]]:
+        with rehearsed(size, torch.device("cpu")) as division:
+            plans = planner(
+                Net, {"x": torch.ones(rows, 8)}, loss=lambda m, b: m(b["x"]).square().mean(),
+                seconds=False, division=division, accumulate=accumulate, allow=["keep"],
+            )  # fmt: skip
+            made = plans("1GiB")
+            assert made.peak_bytes <= plans("1GiB").budget_bytes
+        return made.peak_bytes, dict(made.by_category)
+
+    net = Net()
+    parts = [-(-p.shape[0] // size) * p[0].numel() * 4 for p in net.parameters()]
+    peak, by_category = peaks(rows=64)
+    assert by_category["weights"] == sum(parts)
+    # AdamW's two states, and its count of steps, of which every process has all
+    assert by_category["optimizer"] == 2 * sum(parts) + 4 * len(parts)
+    # activations are each process's own: of twice the rows, twice as large
+    more, more_by_category = peaks(rows=640)
+    for name in ("weights", "optimizer"):
+        assert by_category[name] == more_by_category[name]
+    assert more > peak + 576 * 4 * (4 * 96 + 4 * 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "budget"), [("residual", "3.8MiB"), ("feistel", "6MiB")])
+def test_divided_run_takes_what_was_promised(settings, tmp_path, rule, budget):
+    config = settings(
+        run={**FULL, "budget": budget, "steps": 3},
+        model={"num_hidden_layers": 6, "hidden_size": 64, "rule": rule},
+        data={"sequence_length": 32 if rule == "residual" else 64},
+    )
+    run("train", config, 2, tmp_path / "logs")
+    memory = json.loads((tmp_path / "run" / "receipt.json").read_text())["memory"]
+    assert 0 <= memory["error"] <= 0.03
+    assert memory["measured_bytes"] <= memory["budget_bytes"]

@@ -194,9 +194,16 @@ def remove_run(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
 
 
-def same_sizes(config: RunConfig, saved: Checkpoint) -> bool:
-    """Whether a saved plan is about updates as large as those to come."""
+def same_sizes(config: RunConfig, saved: Checkpoint, processes: int) -> bool:
+    """Whether a saved plan is about updates as large as those to come, of as many processes where
+    these divide what there is."""
     then = RunConfig.load(saved.path / _CONFIG)
+
+    def parts(each: RunConfig, processes: int) -> int:
+        return processes if each.run.sharding != "none" else 1
+
+    if parts(then, int(saved_facts(saved).get("processes", 1))) != parts(config, processes):
+        return False
 
     def sizes(each: RunConfig) -> tuple[Any, ...]:
         return (

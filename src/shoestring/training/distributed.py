@@ -138,11 +138,11 @@ def world(device: str, sharding: str = "none") -> Iterator[World]:
 
 def _is_news_of_a_loss(error: BaseException, peers: Peers) -> bool:
     """Whether what failed here failed because another process is gone. What only libraries raise,
-    and what came of it in a checkpoint, may be ahead of the news."""
-    foreign = isinstance(error, Exception) and not isinstance(error, ShoestringError)
-    if foreign or isinstance(error, CheckpointError):
-        return peers.verdict()
-    return peers.lost is not None
+    and what came of it in a checkpoint, may be ahead of the news; all else that we raise has a
+    reason of its own. A signal is what torchrun sends to those that are left."""
+    if isinstance(error, ShoestringError) and not isinstance(error, CheckpointError):
+        return False
+    return peers.verdict() if isinstance(error, Exception) else peers.lost is not None
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

@@ -212,7 +212,7 @@ class Job:
         self._make_optimizer = optimizer_factory(config.optim, device)
         rows = [i % len(self.batches.rows) for i in range(config.data.batch_size)]
         batch = on_device(self.batches.rows.batch(rows), device)
-        if self.saved is not None and same_sizes(config, self.saved):
+        if self.saved is not None and same_sizes(config, self.saved, self.world.size):
             # The same plan, not as good a one: another could sum in another order.
             self.plan = saved_plan(self.saved)
         else:

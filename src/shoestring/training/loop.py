@@ -31,6 +31,7 @@ from .interruption import Interruption
 from .job import Job, Mark
 from .optimizer import set_learning_rate
 from .out_of_memory import HalfUpdateError, is_out_of_memory
+from .planning import refuse_in_group
 from .quality import measure_quality
 from .record import Progress
 from .resuming import begin_again, save_checkpoint
@@ -88,6 +89,7 @@ def _train(config: RunConfig, progress: Progress | None, *, resume: bool) -> Run
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     with Interruption() as interruption, joined(config.run.device, config.run.sharding) as world:
+        refuse_in_group(config, world)
         job = Job(config, world, progress, resume=resume)
         try:
             with job:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import ConfigError, OutOfBudget
 from ..meter import Tracker
+from ..methods import method
 from ..objectives.next_token import Batch
 from ..planner import Plan, PlanFor, planner
 from ..planner.budget import automatic
@@ -224,9 +225,9 @@ def _methods(config: RunConfig, world: World) -> str | list[str]:
     allowed([*only, *never])  # names nobody knows are an error
     over = HANDED_OVER if world.size == 1 else ()
     names = [
-        method.name
-        for method in allowed(config.run.allow, hands_over=over)
-        if world.size == 1 or method.promises.applies_to != "weights"
+        each.name
+        for each in allowed(config.run.allow, hands_over=over)
+        if world.size == 1 or each.promises.applies_to != "weights"
     ]
     for name in only:
         if name not in names:
@@ -235,6 +236,33 @@ def _methods(config: RunConfig, world: World) -> str | list[str]:
                 expected=f"some of {names}",
             )
     return [name for name in only or names if name not in never]
+
+
+_ALONE = {
+    "weights": "it puts the weights where one process has all of them",
+    "optimizer": "the optimizer steps as it is, once gradients are summed over the group",
+}
+"""By what a method applies to: why a group of processes cannot use it."""
+
+
+def refuse_in_group(config: RunConfig, world: World) -> None:
+    """ConfigError for a method that is asked for and cannot be used by this group of processes."""
+    if world.size == 1:
+        return
+    asked = [("plan.only", name) for name in config.plan.only]
+    if config.plan.file:
+        plan = Plan.from_json(read_plan(config.plan.file))
+        asked += [(f"plan.file = {config.plan.file!r}", way.method) for way in plan.patches]
+    setting = f"a group of {world.size} processes"
+    if world.shards:
+        setting = f"run.sharding = {config.run.sharding!r} over {world.size} processes"
+    for where, name in asked:
+        if why := _ALONE.get(method(name).promises.applies_to):
+            raise ConfigError(
+                f"{where} names {name!r}, which cannot be combined with {setting}: {why}",
+                expected="methods of blocks, of the loss and of modules only",
+                hint="Leave it out, or train in one process.",
+            )
 
 
 def read_plan(file: str) -> str:
