@@ -54,13 +54,25 @@ def out_of_budget(planner: Planner, budget: int) -> OutOfBudget:
 def fitting_changes(planner: Planner, budget: int) -> list[Change]:
     """The first changes, cheapest first, whose simulated peak is within the budget."""
     found: list[Change] = []
-    for family in _families(planner):
+    for family, is_quick in _families(planner):
         if len(found) == WANTED:
             break
-        change = _mildest(list(family), budget)
+        change = (_mildest if is_quick else _first)(list(family), budget)
         if change is not None:
             found.append(change)
     return found
+
+
+def _first(attempts: list[Attempt], budget: int) -> Change | None:
+    """The first of attempts ordered by strength that fits: the stronger take longer to try."""
+    for text, attempt in attempts:
+        try:
+            peak = attempt()
+        except (ShoestringError, RuntimeError, ValueError, IndexError):
+            continue
+        if peak <= budget:
+            return Change(text, peak)
+    return None
 
 
 def _mildest(attempts: list[Attempt], budget: int) -> Change | None:
@@ -79,22 +91,22 @@ def _mildest(attempts: list[Attempt], budget: int) -> Change | None:
         return None  # this model does not take such a change
 
 
-def _families(planner: Planner) -> Iterator[Iterator[Attempt]]:
-    """Each gives stronger and stronger changes of one sort."""
+def _families(planner: Planner) -> Iterator[tuple[Iterator[Attempt], bool]]:
+    """Stronger and stronger changes of one sort, and whether trying one is a simulation only."""
     step = planner.step
-    yield _handing_over(planner)
-    yield _allowing(planner)
+    yield _handing_over(planner), False
+    yield _allowing(planner), False
     if step.autocast is None:
         lower = replace(step, autocast=torch.bfloat16)
-        yield iter([("compute in bfloat16 (autocast)", lambda: _peak(planner, lower))])
-    yield _shorter(planner, 0, "batch size")
-    yield _shorter(planner, 1, "sequence length")
+        yield iter([("compute in bfloat16 (autocast)", lambda: _peak(planner, lower))]), True
+    yield _shorter(planner, 0, "batch size"), True
+    yield _shorter(planner, 1, "sequence length"), True
     stateless = replace(step, optimizer=_sgd)
-    yield iter([("an optimizer without states (SGD)", lambda: _peak(planner, stateless))])
-    yield _fewer_blocks(planner, step, "")
+    yield iter([("an optimizer without states (SGD)", lambda: _peak(planner, stateless))]), True
+    yield _fewer_blocks(planner, step, ""), True
     smallest = _cut(step, 0, 1)
-    yield _fewer_blocks(planner, smallest, " and batch size 1")
-    yield _fewer_blocks(planner, replace(smallest, optimizer=_sgd), ", batch size 1 and SGD")
+    yield _fewer_blocks(planner, smallest, " and batch size 1"), True
+    yield _fewer_blocks(planner, replace(smallest, optimizer=_sgd), ", batch size 1 and SGD"), True
 
 
 def _sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
