@@ -10,6 +10,7 @@ from .chunked_loss import ChunkedLoss
 from .chunked_mlp import ChunkedMlp
 from .fused_step import FusedStep
 from .keep import Keep
+from .lora import Lora
 from .low_bit_states import LowBitStates
 from .microbatch import Microbatch
 from .offload import Offload
@@ -31,6 +32,7 @@ METHODS: dict[str, Method] = {
         ChunkedMlp(),
         Microbatch(),
         StreamWeights(),
+        Lora(),
         FusedStep(),
         LowBitStates(),
         Bf16Stochastic(),

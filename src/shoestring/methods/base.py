@@ -35,9 +35,9 @@ class Promises:
     gradient_error: float | None = None
     """For unbiased methods: most that one draw of the gradient is off, relative (L2 over all
     parameters), with the default settings."""
-    applies_to: Literal["span", "loss", "module", "weights", "batch", "optimizer"]
-    """A run of blocks; the loss; parts of blocks; where the weights are; how the batch is run;
-    the optimizer."""
+    applies_to: Literal["span", "loss", "module", "weights", "adapters", "batch", "optimizer"]
+    """A run of blocks; the loss; parts of blocks; where the weights are; what is trained in their
+    place; how the batch is run; the optimizer."""
     rebuilds: Literal["nothing", "input", "streams"] = "nothing"
     """What a span method needs to run a block again in backward: nothing (all is kept), the
     block's input (held, or rebuilt from a lower one), or the streams above it."""
@@ -51,7 +51,8 @@ class Promises:
     """Whether tensors live in mapped files: the process's resident memory then counts pages that
     the system may take back."""
     changes_weights: bool = False
-    """Whether `apply` gives the weights another dtype: blocks then cost something else."""
+    """Whether `apply` gives the weights another dtype, or trains others: blocks then cost something
+    else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -83,7 +83,9 @@ def put(
             module.__dict__[_NOTE] = note
             note.watch(module)
         raise
-    changes = [(m, plain[m], now) for m, now in _forwards(model).items() if now is not plain[m]]
+    changes = [
+        (m, plain.get(m), now) for m, now in _forwards(model).items() if now is not plain.get(m)
+    ]
     note = model.__dict__[_NOTE] = InPlace(changes, undo, guard)
     note.watch(model)
     return note

@@ -206,7 +206,10 @@ class Costs:
 
     def _optimizer(self, patches: Patches, plain: bool) -> tuple[int, int]:
         """(bytes of states, peak while it steps)."""
-        ways = tuple(w for w in patches if w.applies_to in ("optimizer", "weights"))
+        ways = tuple(
+            w for w in patches
+            if w.applies_to in ("optimizer", "weights") or w.promises.changes_weights
+        )  # fmt: skip
         key = (_name(ways), plain)
         if key not in self._optimizers:
             twin = self._twin(patches, plain)

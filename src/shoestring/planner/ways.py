@@ -143,12 +143,13 @@ def _streams_offer(how: Method) -> Offer:
 def patches_for(
     model: nn.Module, methods: Iterable[Method], make: MakeOptimizer, *, keeps_gradients: bool
 ) -> list[tuple[Way, ...]]:
-    """Every combination of at most one module, one loss and one weights method that this model
-    takes, and of optimizer methods that its optimizer takes.
+    """Every combination of at most one module, one loss, one weights and one adapters method that
+    this model takes, and of optimizer methods that its optimizer takes.
 
     keeps_gradients: whether the loop needs gradients after backward (to clip or to add up).
     """
     groups: dict[str, list[tuple[Way, ...]]] = {"module": [()], "loss": [()], "weights": [()]}
+    groups["adapters"] = [()]
     optimizers = []
     for m in methods:
         if m.promises.applies_to in ("span", "batch"):
@@ -158,7 +159,14 @@ def patches_for(
             optimizers += [] if keeps_gradients and m.promises.frees_gradients else ways
         elif takes(model, ways[:1]):
             groups[m.promises.applies_to] += [(way,) for way in ways]
-    parts = itertools.product(*groups.values(), _together(model, optimizers, make))
+    together = [tuple(itertools.chain(*each)) for each in itertools.product(*groups.values())]
+    # Adapters are modules that others may not know how to run.
+    together = [
+        each
+        for each in together
+        if len(each) < 2 or each[-1].applies_to != "adapters" or takes(model, each)
+    ]
+    parts = itertools.product(together, _together(model, optimizers, make))
     return [tuple(itertools.chain(*part)) for part in parts]
 
 
@@ -211,10 +219,10 @@ def frees_gradients(ways: Iterable[Way]) -> bool:
 def apply_ways(model: nn.Module, patches: Iterable[Way], spans: Sequence[Span]) -> Undo:
     """Put patches and spans in place; returns what undoes it, last first. Errors undo it.
 
-    Those that change the weights come first: others may put the weights elsewhere.
+    Those that put the weights elsewhere come last, after those that change them.
     """
     with contextlib.ExitStack() as undos:
-        for way in sorted(patches, key=lambda way: not way.promises.changes_weights):
+        for way in sorted(patches, key=_place):
             how = method(way.method)
             undos.callback(how.apply(model, how.configure(way.config)))
         if spans:
@@ -222,6 +230,10 @@ def apply_ways(model: nn.Module, patches: Iterable[Way], spans: Sequence[Span]) 
             apply_spans(stack, spans)
             undos.callback(stack.restore)
         return undos.pop_all().close
+
+
+def _place(way: Way) -> int:
+    return 2 if way.applies_to == "weights" else int(way.promises.changes_weights)
 
 
 def stack_of(model: nn.Module) -> Stack:

@@ -220,15 +220,17 @@ def _methods(config: RunConfig, world: World) -> str | list[str]:
     """What the planner may use: run.allow, narrowed by plan.only and plan.never. In a group of
     processes weights stay where everybody has them."""
     only, never = config.plan.only, config.plan.never
-    if not only and not never and world.size == 1:
-        return config.run.allow
     allowed([*only, *never])  # names nobody knows are an error
     over = HANDED_OVER if world.size == 1 else ()
+    # A run saves the model that its config names, and adapters are none of it.
+    without = {"adapters"} if world.size == 1 else {"adapters", "weights"}
     names = [
         each.name
         for each in allowed(config.run.allow, hands_over=over)
-        if world.size == 1 or each.promises.applies_to != "weights"
+        if each.promises.applies_to not in without
     ]
+    if not only and not never and len(names) == len(allowed(config.run.allow, hands_over=over)):
+        return config.run.allow
     for name in only:
         if name not in names:
             raise ConfigError(

@@ -1,0 +1,331 @@
+"""lora: small matrices beside frozen weights are trained, and nothing else.
+
+Idea: a weight W stays as it is, and B A is added to what it does, A of `rank` rows and B of as
+many columns; only these have gradients and states (LoRA, arXiv 2106.09685, section 4). The frozen
+weights may be kept at 8 or 4 bits (QLoRA, arXiv 2305.14314): they are read, never written.
+Equations: y = W x + (alpha / rank) B A x; B begins at zero, so at first the function does not
+change.
+Memory: no gradients and states for W; with base "int8" or "nf4" W at 1 byte or 0.56 instead of 4.
+What a block saves for backward is about as much as before.
+Time: two thin products more for each weight; no gradient of W. A quantised W is decoded for every
+product, forward and backward.
+Exactness: structural: another, smaller set of functions is trained, and a quantised base is another
+function from the start.
+Limits: linear layers of the blocks. Weights shared between modules stay as they are. Taking it out
+forgets what was learned: `merge` adds it to the weights first. A quantised base comes back as it
+was decoded.
+Source: arXiv 2106.09685; arXiv 2305.14314; adapters are peft's, NF4 is bitsandbytes'.
+"""
+
+import contextlib
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from ..errors import ConfigError, StackError
+from ..stack import Stack
+from .base import Method, Promises, Undo
+
+BLOCK = 64
+"""Values that share a magnitude, at 4 bits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Which linear layers of the blocks get adapters, and what becomes of their weights."""
+
+    rank: int = 16
+    alpha: float = 0.0
+    """0: twice the rank."""
+    targets: tuple[str, ...] = ()
+    """Last parts of the names of linear layers, such as "q_proj"; left out, all of the blocks'."""
+    base: Literal["float", "int8", "nf4"] = "float"
+    """How the frozen weights of those layers are kept."""
+    seed: int = 0
+    """Of the first adapters."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ConfigError(f"lora: rank = {self.rank!r}", expected="1 or more")
+        if self.base not in ("float", "int8", "nf4"):
+            raise ConfigError(f"lora: base = {self.base!r}", expected="'float', 'int8' or 'nf4'")
+        if isinstance(self.targets, str):
+            raise ConfigError(
+                f"lora: targets = {self.targets!r}", expected="a list of names of layers"
+            )
+
+
+# ---- weights at few bits -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A weight as it is kept beside its codes: what decoding needs."""
+
+    base: str
+    shape: torch.Size
+    dtype: torch.dtype
+    scale: Tensor
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The weight, as far as its codes say it."""
+        ops: Any = torch.ops.bitsandbytes
+        if self.base == "nf4":
+            found = ops.dequantize_4bit(
+                codes, self.scale, BLOCK, "nf4", list(self.shape), self.dtype
+            )
+            return cast(Tensor, found)
+        return (codes * (self.scale / 127)[:, None]).to(self.dtype)
+
+
+def encode(weight: Tensor, base: str) -> tuple[Tensor, Form]:
+    """(out, in) -> its codes, and what decoding needs. int8: rows share a magnitude."""
+    import bitsandbytes  # noqa: F401  (registers the operators)
+
+    ops: Any = torch.ops.bitsandbytes
+    if base == "nf4":
+        codes, scale = ops.quantize_4bit(weight.contiguous(), BLOCK, "nf4", torch.uint8)
+    else:
+        # Not its operator of that name, which leaves outliers to another path.
+        scale = weight.float().abs().amax(1)
+        steps = weight.float() * (127 / torch.where(scale > 0, scale, 1.0))[:, None]
+        codes = steps.round_().to(torch.int8)
+    return codes, Form(base, weight.shape, weight.dtype, scale)
+
+
+class DecodedLinear(torch.autograd.Function):
+    """x W^T + b with W decoded for the time of a product, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, codes: Tensor, form: Form) -> Tensor:
+        ctx.save_for_backward(codes)
+        ctx.form = form
+        weight = form.decode(codes).to(x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (codes,) = ctx.saved_tensors
+        weight = ctx.form.decode(codes).to(gradients[0].dtype)
+        return gradients[0] @ weight, None, None, None
+
+
+class Decoding:
+    """Stands in the `forward` of a linear layer whose weight holds codes."""
+
+    def __init__(self, module: nn.Linear, form: Form) -> None:
+        self.module, self.form = module, form
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        made: Tensor = DecodedLinear.apply(x, self.module.bias, self.module.weight, self.form)
+        return made
+
+
+def quantise(layers: list[nn.Linear], base: str) -> Undo:
+    """Keep the weights of these layers in codes, in place, one after another; the result decodes
+    them."""
+    forms = []
+    for layer in layers:
+        codes, form = encode(layer.weight.detach(), base)
+        layer.weight.requires_grad_(False)
+        layer.weight.data = codes
+        layer.__dict__["forward"] = Decoding(layer, form)
+        forms.append(form)
+
+    def undo() -> None:
+        for layer, form in zip(layers, forms, strict=True):
+            _decode(layer, form)
+
+    return undo
+
+
+def _decode(layer: nn.Linear, form: Form) -> None:
+    if not layer.weight.is_floating_point():
+        layer.weight.data = form.decode(layer.weight.detach())
+    if isinstance(layer.__dict__.get("forward"), Decoding):
+        del layer.__dict__["forward"]
+
+
+# ---- adapters ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Put:
+    """What was changed in a model."""
+
+    layers: dict[str, nn.Linear] = field(default_factory=dict)
+    wanted: list[nn.Parameter] = field(default_factory=list)
+    """Parameters that were trained before."""
+
+
+class Lora(Method):
+    """Adapters beside frozen weights."""
+
+    name = "lora"
+    promises = Promises(
+        fidelity="structural",
+        applies_to="adapters",
+        saved_grows_with=frozenset({"depth", "batch", "length"}),
+        changes_weights=True,
+    )
+    Config = LoraConfig
+    variants = ({}, {"base": "int8"}, {"base": "nf4"})
+
+    def apply(self, model: nn.Module, config: LoraConfig) -> Undo:
+        """Freeze the model and put adapters in, in place; the result takes them out and forgets
+        them (see `merge`). Their names are peft's: `...q_proj.lora_A.default.weight`.
+
+        ConfigError without peft (or bitsandbytes, for a quantised base). StackError for a model
+        without such layers, with adapters already, or with gradients.
+        """
+        _refuse_missing("peft", "pip install shoestring[peft]")
+        if config.base != "float":
+            _refuse_missing("bitsandbytes", "pip install bitsandbytes")
+        put = _Put(_layers(model, config), [p for p in model.parameters() if p.requires_grad])
+        if any(p.grad is not None for p in model.parameters()):
+            raise StackError(
+                f"{type(model).__name__} has gradients", expected="a model between two steps"
+            )
+        decode = None
+        if config.base != "float":
+            decode = quantise(list(put.layers.values()), config.base)
+        model.requires_grad_(False)
+        _inject(model, put, config)
+
+        def undo() -> None:
+            _take_out(model, put)
+            if decode is not None:
+                decode()
+            for parameter in put.wanted:
+                parameter.requires_grad_(True)
+
+        return undo
+
+
+def merge(model: nn.Module) -> int:
+    """Add what adapters have learned to the weights beside them, which stay changed when the
+    adapters are taken out; says how many there were. A quantised weight is decoded for it.
+
+    StackError for a model without adapters. A second call adds nothing.
+    """
+    merged = 0
+    for module in model.modules():
+        if _is_adapted(module):
+            layer: Any = module
+            if isinstance(gate := vars(layer.base_layer).get("forward"), Decoding):
+                _decode(layer.base_layer, gate.form)
+            if not layer.merged:
+                layer.merge()
+            merged += 1
+    if not merged:
+        raise StackError(
+            f"{type(model).__name__} has no adapters", expected="a model that lora was applied to"
+        )
+    return merged
+
+
+def _layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
+    """The linear layers of the blocks that are meant, by name in the model."""
+    stack = Stack.of(model)
+    inside = {id(m) for block in stack.blocks for m in block.modules()}
+    shared = _shared(model)
+    found: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules():
+        if _is_adapted(module):
+            raise StackError(
+                f"{name} has an adapter already", expected="a model without",
+                hint="Plan it as it is: adapters that are there are what is trained.",
+            )  # fmt: skip
+        if id(module) not in inside or type(module) is not nn.Linear:
+            continue
+        if "forward" in module.__dict__ or id(module.weight) in shared:
+            continue
+        if not config.targets or name.rpartition(".")[2] in config.targets:
+            found[name] = module
+    if not found:
+        wanted = (
+            f"linear layers called {list(config.targets)}" if config.targets else "linear layers"
+        )
+        raise StackError(
+            f"the blocks of {type(model).__name__} have no linear layers{wanted}",
+            expected="torch.nn.Linear inside blocks",
+        )
+    return found
+
+
+def _shared(model: nn.Module) -> set[int]:
+    seen: set[int] = set()
+    twice: set[int] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        (twice if id(parameter) in seen else seen).add(id(parameter))
+    return twice
+
+
+def _inject(model: nn.Module, put: _Put, config: LoraConfig) -> None:
+    from peft import LoraConfig as Theirs
+    from peft import inject_adapter_in_model
+
+    theirs = Theirs(
+        r=config.rank, lora_alpha=config.alpha or 2 * config.rank,
+        target_modules=list(put.layers), bias="none",
+    )  # fmt: skip
+    device = next(iter(put.layers.values())).weight.device
+    is_fake = isinstance(next(iter(put.layers.values())).weight, FakeTensor)
+    with (
+        _drawn_from(config.seed), warnings.catch_warnings(), torch.device(device),
+        _left_where_made() if is_fake else contextlib.nullcontext(),
+    ):  # fmt: skip
+        warnings.simplefilter("ignore")
+        inject_adapter_in_model(theirs, model)
+    adapters = [p for n, p in model.named_parameters() if ".lora_" in n]
+    for adapter in adapters:
+        # Codes are whole numbers, and 16 bits are too few to add small updates to.
+        if adapter.dtype != torch.float32:
+            adapter.data = adapter.data.float()
+        adapter.requires_grad_(True)
+
+
+def _take_out(model: nn.Module, put: _Put) -> None:
+    for name, layer in put.layers.items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer)
+    with contextlib.suppress(AttributeError):
+        del model.peft_config
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "lora_A")
+
+
+@contextlib.contextmanager
+def _drawn_from(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _left_where_made() -> Iterator[None]:
+    """peft moves modules, which fake tensors do not bear; they are made in the right place."""
+    original = nn.Module.to
+    nn.Module.to = lambda self, *arguments, **settings: self  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.to = original  # type: ignore[method-assign]
+
+
+def _refuse_missing(package: str, how: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"lora needs {package}, which is not installed", expected=package, hint=how
+        )
