@@ -5,6 +5,7 @@ second. What befalls one of them is done inside it, by the name of a function he
 """
 
 import faulthandler
+import json
 import multiprocessing
 import os
 import signal
@@ -60,12 +61,20 @@ class Group:
         """What each wrote to stderr."""
         return [log.read_text() for log in self.logs]
 
+    @property
+    def receipts(self) -> list[dict[str, Any]]:
+        """The receipt of each: what was measured is a process's own."""
+        return [json.loads(log.with_suffix(".json").read_text()) for log in self.logs]
 
-def run(action: str, config: RunConfig, count: int, logs: Path, *fate: Any) -> None:
+
+def run(
+    action: str, config: RunConfig, count: int, logs: Path, *fate: Any, seconds: float = 120
+) -> Group:
     """A group that ends well."""
     group = Group(action, config, count, logs, *fate)
-    codes = group.wait()
+    codes = group.wait(seconds)
     assert codes == [0] * count, "\n".join(group.said)
+    return group
 
 
 def _live(
@@ -90,6 +99,7 @@ def _live(
     code = 0
     try:
         done = train(config) if action == "train" else resume(config.run.directory)
+        log.with_suffix(".json").write_text(json.dumps(done.receipt))
         code = 130 if done.receipt["status"] == "interrupted" else 0
     except ShoestringError as error:
         sys.stderr.write(f"{error}\n")
@@ -212,9 +222,9 @@ def infinite_gradient(rank: int, victim: int, step: int) -> None:
 
         norm, calls = module.gradient_norm, iter(range(1, step))
 
-        def spoiled(parameters: Any) -> Any:
+        def spoiled(parameters: Any, *rest: Any) -> Any:
             if next(calls, None) is None:
                 parameters[0].grad.to_local().view(-1)[0] = float("inf")
-            return norm(parameters)
+            return norm(parameters, *rest)
 
         module.gradient_norm = spoiled

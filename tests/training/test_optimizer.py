@@ -71,3 +71,17 @@ def test_gradients_below_the_limit_are_untouched():
     clip_(model.parameters(), float(gradient_norm(model.parameters())), 1e9)
     clip_(model.parameters(), float(gradient_norm(model.parameters())), 0.0)
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+def test_norm_of_a_long_gradient_is_right_and_the_same_in_parts():
+    # summed in float32 throughout, as torch does on CPU, this one is off by 1e-4
+    gradient = torch.randn(4_000_003)
+    norms = []
+    for parts in (1, 2, 3):
+        parameters = [torch.nn.Parameter(torch.empty_like(p)) for p in gradient.chunk(parts)]
+        for parameter, part in zip(parameters, gradient.chunk(parts), strict=True):
+            parameter.grad = part
+        norms.append(gradient_norm(parameters))
+    exact = gradient.double().norm()
+    assert all(abs(norm - exact) <= 2 * torch.finfo(torch.float32).eps * exact for norm in norms)
+    assert norms[0] == norms[1] == norms[2]

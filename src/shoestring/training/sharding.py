@@ -10,6 +10,7 @@ Sums are forced to be sums, and divided afterwards: gloo and NCCL then do the sa
 """
 
 import contextlib
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -57,20 +58,51 @@ def _make_gatherable(blocks: Sequence[nn.Module]) -> None:
             runner.inner = lowest
 
 
-class _SumInPlace:
-    """Sums divided gradients on gloo, whose own way is this one on a copy of them. What they are
-    summed in is FSDP2's, and read by nobody afterwards."""
+class _Gloo:
+    """What FSDP2 sends over gloo, whose threads let go of a tensor a moment after they are done
+    with it: here that moment is waited for, or memory would be taken by chance."""
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
+
+    @contextlib.contextmanager
+    def _let_go(self, tensor: Tensor) -> Iterator[None]:
+        before, end = _references(tensor), time.monotonic() + 1
+        yield
+        while _references(tensor) > before and time.monotonic() < end:
+            time.sleep(0)
+
+
+class _Gather(_Gloo):
+    """Gathers weights."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
+    ) -> Any:
+        gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        if async_op:
+            return gather(output_tensor, input_tensor, group=group, async_op=True)
+        with self._let_go(output_tensor):  # the input is a part of it
+            gather(output_tensor, input_tensor, group=group)
+        return None
+
+
+class _SumInPlace(_Gloo):
+    """Sums divided gradients: gloo's own way is this one on a copy of them. What they are summed
+    in is FSDP2's, and read by nobody afterwards."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any,
         async_op: bool = False,
     ) -> None:  # fmt: skip
         assert not async_op
-        dist.all_reduce(input_tensor, op=op, group=group)
+        with self._let_go(input_tensor):
+            dist.all_reduce(input_tensor, op=op, group=group)
         output_tensor.copy_(input_tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)])
+
+
+def _references(tensor: Tensor) -> int:
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 class _HandOn:
@@ -116,6 +148,7 @@ def shard(model: nn.Module, mesh: Any) -> None:
         whole: Any = fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         whole.set_force_sum_reduction_for_comms(True)
         if mesh.device_type == "cpu":
+            whole.set_custom_all_gather(_Gather())
             whole.set_custom_reduce_scatter(_SumInPlace())
     for block in blocks:
         hand_on = _HandOn()

@@ -64,9 +64,8 @@ def update(
             (mean * weight).backward()
         losses.append(mean.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    *means, norm = torch.stack([*losses, gradient_norm(parameters).to(losses[0].device)]).tolist()
-    if world.shards:
-        norm = math.sqrt(world.sum([norm**2])[0])
+    of_all = gradient_norm(parameters, world).to(losses[0].device)
+    *means, norm = torch.stack([*losses, of_all]).tolist()
     _all_finite(step, means, norm, world)
     guard.check(step, means, norm)
     clip_(parameters, norm, clip)
