@@ -83,6 +83,17 @@ def test_what_a_model_reads_is_an_error_while_it_runs_and_not_while_it_is_made()
         simulate(Reads, inputs, loss=loss(True), optimizer=sgd)
 
 
+def test_weights_of_another_dtype_are_timed_with_what_their_blocks_hand_on():
+    model, inputs = llama(depth=2, width=32, vocabulary=64), llama_batch(2, 8, 64)
+    plans = planner(
+        model, inputs, allow=["bf16_stochastic"], hands_over=["optimizer"],
+        optimizer=lambda p: torch.optim.AdamW(p),
+    )  # fmt: skip
+    chosen = plans(plans.smallest_bytes)
+    assert [way.method for way in chosen.patches] == ["bf16_stochastic"]
+    assert chosen.step_seconds > 0
+
+
 @pytest.mark.parametrize("allow", [["recompute"], ["offload"]])
 def test_blocks_that_are_handed_what_an_encoder_computed_are_planned(allow):
     model, inputs = t5(), batch()

@@ -24,7 +24,7 @@ from ..errors import ConfigError, OutOfBudget
 from ..meter import Tracker
 from ..methods import METHODS, Method
 from ..planner import Plan, Verification, plan
-from ..planner.cost import sink
+from ..planner.evaluation import with_states
 from ..planner.fake import fake_batch, fake_model
 from ..planner.made_for import Larger
 from ..planner.quick import QuickFakeMode
@@ -282,7 +282,7 @@ def _evaluation(
         if chosen is not None:
             chosen.apply(twin, larger="ignore")
         twin.eval()
-        states = _states(trainer, twin, chosen)
+        states = _states(trainer, twin, chosen, mode)
         tracker = Tracker()
         tracker.seed(twin, states)
         tracker.assign("other", [t for t in fake.values() if isinstance(t, Tensor)])
@@ -308,21 +308,17 @@ def _bytes(value: Any) -> int:
     return sum(t.nbytes for t in tree_leaves(value) if isinstance(t, Tensor))
 
 
-def _states(trainer: Any, twin: nn.Module, chosen: Plan | None) -> Optimizer | None:
+def _states(
+    trainer: Any, twin: nn.Module, chosen: Plan | None, mode: QuickFakeMode
+) -> Optimizer | None:
     """The optimizer of the twin, with the states that it has after a step; None before there is
     one."""
-    trained = [p for p in twin.parameters() if p.requires_grad]
     if chosen is not None:
-        optimizer = chosen.optimizer(twin)
-    elif trainer.optimizer is not None:
-        real = [p for p in trainer.model.parameters() if p.requires_grad]
-        optimizer = Remade(inner(trainer.optimizer), real)(trained)
-    else:
+        return with_states(twin, lambda parameters: chosen.optimizer(twin), mode)
+    if trainer.optimizer is None:
         return None
-    torch.autograd.backward([sink(parameter) for parameter in trained])
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return optimizer
+    real = [p for p in trainer.model.parameters() if p.requires_grad]
+    return with_states(twin, Remade(inner(trainer.optimizer), real), mode)
 
 
 def _check_evaluation(trainer: Any, chosen: Plan, *, strict: bool) -> None:

@@ -4,7 +4,7 @@ Every change is simulated, with the smallest plan of the model put in place; onl
 reach the budget are named, cheapest first: what changes training least comes first.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,6 +101,7 @@ def _families(planner: Planner) -> Iterator[tuple[Iterator[Attempt], bool]]:
         yield iter([("compute in bfloat16 (autocast)", lambda: _peak(planner, lower))]), True
     yield _shorter(planner, 0, "batch size"), True
     yield _shorter(planner, 1, "sequence length"), True
+    yield _fewer_evaluated(planner), True
     stateless = replace(step, optimizer=_sgd)
     yield iter([("an optimizer without states (SGD)", lambda: _peak(planner, stateless))]), True
     yield _fewer_blocks(planner, step, ""), True
@@ -158,6 +159,19 @@ def _shorter(planner: Planner, dimension: int, name: str) -> Iterator[Attempt]:
         step = _cut(planner.step, dimension, shorter)
         yield f"{name} {size} -> {shorter}", lambda step=step: _peak(planner, step)  # type: ignore[misc]
         shorter //= 2
+
+
+def _fewer_evaluated(planner: Planner) -> Iterator[Attempt]:
+    """The batch of the evaluation halved again and again by rows."""
+    step = planner.step
+    if not isinstance(step.evaluate, Mapping):
+        return
+    whole = replace(step, batch=step.evaluate)
+    size = rows = _size(whole, 0)
+    while rows >= 2:
+        rows //= 2
+        fewer = replace(step, evaluate=_cut(whole, 0, rows).batch)
+        yield f"evaluation batch size {size} -> {rows}", lambda fewer=fewer: _peak(planner, fewer)  # type: ignore[misc]
 
 
 def _size(step: Step, dimension: int) -> int:

@@ -152,7 +152,8 @@ class Planner:
     # -- the promise -------------------------------------------------------------------------
 
     def promise(self, choice: Choice) -> Profile:
-        """What the choice is promised to need, by a simulation of whole steps."""
+        """What the choice is promised to need, by a simulation of whole steps, and of what is
+        evaluated between them."""
         if choice.key not in self._profiles:
             self._profiles[choice.key] = self.simulated(choice, self.step)
         return self._profiles[choice.key]
@@ -164,7 +165,14 @@ class Planner:
             bare(model)
             apply_ways(model, choice.patches, choice.spans)
 
-        return step.cut(choice.patches).simulate(put, choice.patches)
+        profile = step.cut(choice.patches).simulate(put, choice.patches)
+        evaluation = step.evaluation(put, choice.patches)
+        if evaluation is None or evaluation.peak_bytes <= profile.peak_bytes:
+            return profile
+        return replace(
+            profile, peak_bytes=evaluation.peak_bytes, by_category=evaluation.by_category,
+            instant=evaluation.instant, operator=evaluation.operator,
+        )  # fmt: skip
 
     @cached_property
     def smallest_bytes(self) -> int:

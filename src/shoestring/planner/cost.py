@@ -28,15 +28,19 @@ from ..rows import cut, rows_of
 from ..stack import BlockCall, Executor, Runner, Stack, hidden_of, with_hidden
 from .chain import BlockCost, Chain, Option
 from .division import Division, Units, divided_chain
+from .ends import sink
+from .evaluation import Evaluate, batch_bytes, evaluation_profile
 from .fake import (
     Profile,
     _autocast,
     fake_batch,
     fake_model,
     fused_adamw,
+    hold,
     simulate,
 )
 from .given import Batch, Loss, explained, loss_of
+from .made_for import Watched
 from .quick import QuickFakeMode, optimizers_may_read
 from .ways import Offer, Way, apply_ways, frees_gradients, optimizer_for, stack_of
 
@@ -55,6 +59,10 @@ class Step:
     grad_clip: float | None = None
     division: Division | None = None
     """Over how many processes its weights are divided, and how."""
+    evaluate: Evaluate | None = None
+    """What runs without gradients between steps, if anything does."""
+    beside: int = 0
+    """Bytes that lie in memory all the time, such as a copy that is being saved."""
 
     @property
     def make(self) -> MakeOptimizer:
@@ -93,6 +101,31 @@ class Step:
     ) -> Profile:
         """The first step and all later ones, on a fake twin with methods put in place by `put`,
         and an optimizer made as those among `ways` say."""
+        apply, make = self._placed(put, ways)
+        return simulate(
+            self.model, self.batch, apply=apply, optimizer=make, loss=self.loss,
+            autocast=self.autocast, accumulate=self.accumulate, grad_clip=self.grad_clip,
+            steps=1, later=True, beside=self.beside,
+        )  # fmt: skip
+
+    def evaluation(
+        self, put: Callable[[nn.Module], object] | None = None, ways: Sequence[Way] = ()
+    ) -> Profile | None:
+        """The evaluation, with what `simulate` puts in place; None where there is none. The batch
+        of the last step lies beside it."""
+        if self.evaluate is None:
+            return None
+        loss = self.loss.loss if isinstance(self.loss, Watched) else self.loss
+        apply, make = self._placed(put, ways)
+        return evaluation_profile(
+            self.model, self.evaluate, apply=apply, optimizer=make, loss=loss,
+            autocast=self.autocast, beside=self.beside + batch_bytes(self.batch),
+        )  # fmt: skip
+
+    def _placed(
+        self, put: Callable[[nn.Module], object] | None, ways: Sequence[Way]
+    ) -> tuple[Callable[[nn.Module], None], MakeOptimizer]:
+        """What puts methods into a twin, and what makes its optimizer then."""
         twins: list[nn.Module] = []
 
         def apply(model: nn.Module) -> None:
@@ -105,11 +138,7 @@ class Step:
         def make(parameters: list[nn.Parameter]) -> Optimizer:
             return optimizer_for(twins[0], ways, self.make)(parameters)
 
-        return simulate(
-            self.model, self.batch, apply=apply, optimizer=make, loss=self.loss,
-            autocast=self.autocast, accumulate=self.accumulate, grad_clip=self.grad_clip,
-            steps=1, later=True,
-        )  # fmt: skip
+        return apply, make
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss, as the step computes it."""
@@ -132,30 +161,10 @@ class _Source(torch.autograd.Function):
         return None, None, None
 
 
-class _Sink(torch.autograd.Function):
-    """Takes a tensor away, keeping nothing of it; sends back a gradient of its shape."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        ctx.like = (value.shape, value.dtype, value.device)
-        return value.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        shape, dtype, device = ctx.like
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-
 def source(like: Tensor, make: Callable[[], Tensor] | None = None, arrived: Any = None) -> Tensor:
     """A tensor as `like` (shape, strides, dtype, device) at the end of a cut graph."""
     anchor = torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
     out: Tensor = _Source.apply(anchor, make or (lambda: torch.empty_like(like)), arrived)
-    return out
-
-
-def sink(value: Tensor) -> Tensor:
-    """A scalar whose backward sends a gradient of `value`'s shape."""
-    out: Tensor = _Sink.apply(value)
     return out
 
 
@@ -427,12 +436,14 @@ class Twin:
         with self.mode, self._gradients(self.model), Tracker() as tracker:
             tracker.seed(self.model)
             tracker.assign("other", tree_leaves(self.batch))
+            waiting = hold(tracker, self.step.beside, self.model)
             cut = _Cut(self, tracker)
             with self._running(cut):
                 loss = self.step.forward(self.model, self.batch)
                 # Together, as a weight that stem and head share waits for both its gradients.
                 torch.autograd.backward([loss, *cut.stem])
                 stem_peak = tracker.ledger.peak if cut.stem else 0
+            del waiting
         return Turn(cut.base, cut.turn_peak, cut.turn_gradients, stem_peak)
 
     def optimizer(self, ways: Iterable[Way]) -> tuple[int, int]:
@@ -442,6 +453,7 @@ class Twin:
         with self.mode, optimizers_may_read(self.mode), Tracker() as tracker:
             tracker.seed(self.model)
             tracker.assign("other", tree_leaves(self.batch))
+            waiting = hold(tracker, self.step.beside, self.model)
             ledger = tracker.ledger
             before = ledger.live
             chosen = optimizer_for(self.model, ways, self.step.make)(parameters)
@@ -452,7 +464,9 @@ class Twin:
                 torch.autograd.backward([sink(parameter) for parameter in parameters])
                 chosen.step()
                 chosen.zero_grad(set_to_none=True)
-            return ledger.live - before, ledger.peak
+            states = ledger.live - before
+            del waiting
+            return states, ledger.peak
 
 
 def _drop_gradient(parameter: Tensor) -> None:

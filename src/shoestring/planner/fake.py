@@ -63,6 +63,7 @@ def simulate(
     grad_clip: float | None = None,
     mask: Literal["worst", "given"] = "worst",
     later: bool = False,
+    beside: int = 0,
 ) -> Profile:
     """Run whole training steps on a fake twin and tell what they would hold.
 
@@ -77,6 +78,7 @@ def simulate(
     needs more; "worst" counts as if it had padding, "given" believes the batch.
     later: count the steps that come after these as well, without running them: they find the
     optimizer's states from their beginning. With steps=1 one pass tells what two would.
+    beside: bytes that lie in memory all the time.
 
     ConfigError for what is no model, and for a model whose shapes depend on values.
     """
@@ -92,6 +94,7 @@ def simulate(
         tracker = Tracker(history=later)
         tracker.seed(twin, chosen)
         tracker.assign("other", _tensors(fake))
+        waiting = hold(tracker, beside, twin)
         first_only = (0, 0)
 
         def turn() -> None:
@@ -115,7 +118,16 @@ def simulate(
                 else:
                     chosen.step()
                 chosen.zero_grad(set_to_none=True)
+        del waiting
     return _profile(tracker, first_only)
+
+
+def hold(tracker: Tracker, nbytes: int, twin: nn.Module) -> Tensor:
+    """So many bytes more, as long as what is returned lives. Under the twin's mode."""
+    device = next(twin.parameters()).device
+    held = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    tracker.assign("other", [held])
+    return held
 
 
 def _step_and_later(tracker: Tracker, optimizer: Optimizer) -> tuple[int, int]:

@@ -47,11 +47,11 @@ def loss_of(model: nn.Module, batch: Batch, loss: Loss | None) -> Tensor:
     return value
 
 
-def own_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """`model(**batch).loss`."""
+def output_of(model: nn.Module, batch: Batch) -> Any:
+    """`model(**batch)`. ConfigError for a batch of other names."""
     names = ", ".join(batch)
     try:
-        output = model(**batch)
+        return model(**batch)
     except TypeError as error:
         if _takes(model, batch):
             raise
@@ -60,6 +60,11 @@ def own_loss(model: nn.Module, batch: Batch) -> Tensor:
             expected=", ".join(_parameters(model)) or "nothing",
             hint=f"Name the batch's tensors so, or {_GIVE_LOSS}",
         ) from error
+
+
+def own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """`model(**batch).loss`."""
+    names, output = ", ".join(batch), output_of(model, batch)
     value: Tensor | None = getattr(output, "loss", None)
     if value is None:
         kind = "a tensor" if isinstance(output, Tensor) else type(output).__name__

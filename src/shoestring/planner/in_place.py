@@ -91,6 +91,13 @@ def put(
     return note
 
 
+def put_again(patches: Sequence[Way], spans: Sequence[Span], twin: nn.Module) -> None:
+    """Into a copy of a model with a plan: its weights are where their maker put them, in the
+    dtype that the plan gave them."""
+    bare(twin)
+    apply_ways(twin, [w for w in patches if not w.promises.changes_weights], spans)
+
+
 def note_of(model: nn.Module) -> InPlace | None:
     """What the plan in this model has changed; None without one."""
     return vars(model).get(_NOTE)

@@ -7,7 +7,8 @@ it is applied (`MadeFor.differs`), and a batch that outgrows it before its step 
 
 import inspect
 import logging
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, Self
@@ -18,6 +19,7 @@ from torch._subclasses import FakeTensor
 
 from ..errors import ConfigError, OutOfBudget
 from ..units import format_bytes
+from .evaluation import INSTANT, call_bytes, tensors_in
 from .given import Batch, Loss, own_loss
 
 log = logging.getLogger("shoestring")
@@ -33,7 +35,7 @@ class MadeFor:
 
     torch: its version.  parameters, trained: elements of all weights, and of those that want a
     gradient.  dtypes: elements by dtype.  batch: shapes of what the model is called with in one
-    forward, by name.
+    forward, by name.  beside: bytes that lie in memory meanwhile (a copy that is being saved).
     """
 
     torch: str
@@ -41,9 +43,10 @@ class MadeFor:
     trained: int
     dtypes: Mapping[str, int]
     batch: Mapping[str, Shape]
+    beside: int = 0
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Mapping[str, Shape]) -> Self:
+    def of(cls, model: nn.Module, batch: Mapping[str, Shape], *, beside: int = 0) -> Self:
         """What this model (real or fake) is."""
         dtypes: dict[str, int] = {}
         for parameter in model.parameters():
@@ -52,7 +55,7 @@ class MadeFor:
         return cls(
             torch=torch.__version__, parameters=sum(dtypes.values()),
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            dtypes=dtypes, batch=batch,
+            dtypes=dtypes, batch=batch, beside=beside,
         )  # fmt: skip
 
     @classmethod
@@ -63,6 +66,7 @@ class MadeFor:
             torch=str(value["torch"]), **numbers,
             dtypes={str(k): int(v) for k, v in dict(value["dtypes"]).items()},
             batch={str(k): _shape(v) for k, v in dict(value["batch"]).items()},
+            beside=int(value.get("beside", 0)),
         )  # fmt: skip
 
     def differs(self, model: nn.Module) -> str | None:
@@ -156,28 +160,101 @@ def outgrows(shape: Shape, planned: Shape) -> bool:
     return longer or prod(shape) > prod(planned)
 
 
-class Guard:
-    """A forward pre-hook: says when a training batch outgrows the plan, before anything is
-    allocated for it.
+@dataclass(slots=True)
+class Looked:
+    """A call without gradients that was simulated: shapes by name, and the bytes up to which what
+    is given beside them (a key/value cache) may grow before another look."""
 
-    It knows shapes only, so a copy of the model has a guard that works. Fake tensors, calls
-    without gradients and tracing compilers pass.
+    shapes: dict[str, Shape]
+    cached: int
+    until: int
+
+    def covers(self, shapes: Mapping[str, Shape], cached: int) -> bool:
+        if cached > self.until or bool(cached) is not bool(self.cached):
+            return False
+        if cached:  # masks grow with the cache; new tokens are what is computed
+            return _fewest(shapes) <= _fewest(self.shapes)
+        return shapes.keys() == self.shapes.keys() and not any(
+            outgrows(shape, self.shapes[name]) for name, shape in shapes.items()
+        )
+
+
+def _fewest(shapes: Mapping[str, Shape]) -> int:
+    return min(map(prod, shapes.values()), default=0)
+
+
+class Guard:
+    """A forward pre-hook: says when a training batch outgrows the plan, and when a call without
+    gradients will need more than the budget, before anything is allocated for it.
+
+    What is trained is known by shapes. What runs without gradients is simulated, when it comes in
+    a shape that is larger than those before: a fake forward takes a fraction of the real one's
+    time. It knows no tensors, so a copy of the model has a guard that works. Fake tensors and
+    tracing compilers pass.
     """
 
     def __init__(
-        self, made_for: MadeFor, larger: Larger, *, peak_bytes: int, budget_bytes: int
-    ) -> None:
+        self, made_for: MadeFor, larger: Larger, *, peak_bytes: int, budget_bytes: int,
+        states_bytes: int, put: Callable[[nn.Module], object] | None = None,
+    ) -> None:  # fmt: skip
+        """put: puts into a copy of the model what is lost by copying."""
         if larger not in LARGER:
             raise ConfigError(f"larger = {larger!r}", expected=f"one of {list(LARGER)}")
         self.larger = larger
         self.planned = dict(made_for.batch)
         self.peak_bytes, self.budget_bytes = peak_bytes, budget_bytes
+        self.standing = states_bytes + made_for.beside
+        self.put = put
+        self.looked: list[Looked] = []
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
-        for name, tensor in tensors_by_name(module, args, kwargs):
+        named = tensors_by_name(module, args, kwargs)
+        if not torch.is_grad_enabled():
+            self._look_ahead(module, args, kwargs, named)
+            return
+        for name, tensor in named:
             self._look(name, tensor)
+
+    def _look_ahead(
+        self, module: nn.Module, args: Any, kwargs: Any, named: list[tuple[str, Tensor]]
+    ) -> None:
+        """A call without gradients: an evaluation, or a step of `generate`."""
+        given = tensors_in((args, kwargs))
+        if not named or any(isinstance(tensor, FakeTensor) for tensor in given):
+            return
+        shapes = {name: tuple(tensor.shape) for name, tensor in named}
+        cached = sum(t.nbytes for t in given) - sum(t.nbytes for _, t in named)
+        if any(each.covers(shapes, cached) for each in self.looked):
+            return
+        try:
+            peak = self.standing + call_bytes(module, args, kwargs, self.put)
+        except Exception as error:  # a model may do anything to what is fake
+            self.looked.append(Looked(shapes, cached, sys.maxsize))
+            log.info("what %s without gradients will need is not known: %s", _texts(shapes), error)
+            return
+        fits = peak <= self.budget_bytes
+        # A layer's cache is there twice while it grows, so half of what is left is safe.
+        until = cached + (self.budget_bytes - peak) // 2 if fits else 2 * cached
+        if fits or self.larger != "error":
+            self.looked.append(Looked(shapes, cached, until))
+        if fits:
+            return
+        self._tell(
+            OutOfBudget(
+                f"a forward without gradients on {_texts(shapes)} will need {format_bytes(peak)}",
+                expected=f"at most the budget of {format_bytes(self.budget_bytes)} (training was "
+                f"promised {format_bytes(self.peak_bytes)})",
+                hint="Run fewer or shorter rows at a time, or plan with it: evaluate=...",
+                smallest_bytes=peak, instant=INSTANT,
+            )
+        )  # fmt: skip
+
+    def _tell(self, error: OutOfBudget) -> None:
+        if self.larger == "error":
+            raise error
+        log.warning("%s", error)
 
     def _look(self, name: str, tensor: Tensor) -> None:
         planned = self.planned.get(name)
@@ -192,10 +269,12 @@ class Guard:
             f"{format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)}",
             hint="Plan with the largest batch that will come, or cut or pad to what was planned.",
         )
-        if self.larger == "error":
-            raise error
-        log.warning("%s", error)
+        self._tell(error)
         self.planned[name] = _larger(shape, planned)  # said once, until a still larger one comes
+
+
+def _texts(shapes: Mapping[str, Shape]) -> str:
+    return ", ".join(f"{name} of {_text(shape)}" for name, shape in shapes.items())
 
 
 def _text(shape: Shape) -> str:

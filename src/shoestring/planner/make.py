@@ -16,6 +16,7 @@ from .changes import out_of_budget
 from .choose import Choice, Planner
 from .cost import Step
 from .division import Division
+from .evaluation import Evaluate, copy_bytes
 from .fake import class_of, config_of
 from .given import refuse_other_kinds
 from .made_for import MadeFor, Watched, in_parts
@@ -36,6 +37,8 @@ def plan(
     accumulate: int = 1,
     grad_clip: float | None = None,
     hands_over: Sequence[str] = (),
+    evaluate: Evaluate | None = None,
+    background_save: bool = False,
 ) -> Plan:
     """The fastest way to train `model` on `batch` within `budget` bytes of live tensors.
 
@@ -52,6 +55,13 @@ def plan(
     `plan.optimizer(model)` (it may then step inside backward, or keep its states elsewhere);
     "batch", where it calls `plan.backward(model, batch)` (which may run the batch in parts). With
     neither the loop stays as it is; a method that is named in `allow` counts as asked for.
+    evaluate: what runs without gradients between steps, so that the promise covers it: its
+    largest batch, scored by `loss` (without one, `model(**batch)`), or a function of the model,
+    which makes its tensors itself, such as
+    `lambda m: m(input_ids=torch.zeros(8, 512, dtype=torch.long))`.
+    background_save: whether checkpoints are written by a thread from a copy of weights and
+    optimizer states, which waits beside the steps (on CUDA on the host, where it is not counted).
+    A copy is counted as large as without the plan's methods.
 
     Raises OutOfBudget (nothing fits: the smallest budget that does, the instant that decides,
     three changes that get there), ConfigError, StackError.
@@ -59,6 +69,7 @@ def plan(
     return planner(
         model, batch, optimizer=optimizer, allow=allow, loss=loss, seconds=seconds,
         autocast=autocast, accumulate=accumulate, grad_clip=grad_clip, hands_over=hands_over,
+        evaluate=evaluate, background_save=background_save,
     )(budget)  # fmt: skip
 
 
@@ -74,15 +85,24 @@ def planner(
     accumulate: int = 1,
     grad_clip: float | None = None,
     hands_over: Sequence[str] = (),
+    evaluate: Evaluate | None = None,
+    background_save: bool = False,
     division: Division | None = None,
 ) -> "PlanFor":
     """As `plan`, for several budgets: measures once, then answers `planner(...)(budget)`.
 
     division: how the weights are divided over a group of processes, of which this is one.
     """
+    make = factory_of(optimizer)
+    if evaluate is not None and not (isinstance(evaluate, Mapping) or callable(evaluate)):
+        raise ConfigError(
+            f"evaluate is a {type(evaluate).__name__}",
+            expected="a batch (tensors by name), or a function of the model",
+        )
     step = Step(
-        model=model, batch=batch, optimizer=factory_of(optimizer), loss=Watched(loss),
-        autocast=autocast, accumulate=accumulate, grad_clip=grad_clip, division=division,
+        model=model, batch=batch, optimizer=make, loss=Watched(loss), autocast=autocast,
+        accumulate=accumulate, grad_clip=grad_clip, evaluate=evaluate, division=division,
+        beside=copy_bytes(model, make) if background_save else 0,
     )  # fmt: skip
     return PlanFor(Planner(step, allow=allow, seconds=seconds, hands_over=hands_over))
 
@@ -132,7 +152,8 @@ class PlanFor:
         watched = self.planner.step.loss
         assert isinstance(watched, Watched)
         parts = next((w.config["parts"] for w in choice.patches if w.applies_to == "batch"), 1)
-        return MadeFor.of(self.planner.base.model, in_parts(watched.shapes or {}, parts))
+        shapes = in_parts(watched.shapes or {}, parts)
+        return MadeFor.of(self.planner.base.model, shapes, beside=self.planner.step.beside)
 
 
 def factory_of(optimizer: Optimizer | MakeOptimizer | None) -> MakeOptimizer | None:

@@ -30,7 +30,7 @@ from ..rows import cut, rows_of
 from ..stack import Span
 from ..units import format_bytes, format_seconds
 from .given import Loss, loss_of
-from .in_place import InPlace, has_moved_weights, note_of, put, take_out
+from .in_place import InPlace, has_moved_weights, note_of, put, put_again, take_out
 from .made_for import Guard, Larger, MadeFor
 from .told import told
 from .ways import Way, optimizer_for, stack_of
@@ -118,8 +118,9 @@ class Plan:
         """Put the plan in place, instead of any plan that is. StackError when it is not for
         this model, which is then left as it was.
 
-        larger: what is done about a training batch that is larger than planned for, before its
-        step allocates: "warn" logs it, "error" raises OutOfBudget, "ignore".
+        larger: what is done about a training batch that is larger than planned for, and about a
+        forward without gradients (an evaluation, a step of `generate`) that will need more than
+        the budget, before it allocates: "warn" logs it, "error" raises OutOfBudget, "ignore".
         """
         self._refuse_others(model)
         guard = None
@@ -129,8 +130,13 @@ class Plan:
                     "this plan was made with torch %s, this is %s: it may need another peak than "
                     "promised", self.made_for.torch, torch.__version__,
                 )  # fmt: skip
-            sizes = {"peak_bytes": self.peak_bytes, "budget_bytes": self.budget_bytes}
-            guard = Guard(self.made_for, larger, **sizes) if larger != "ignore" else None
+            sizes = {
+                "peak_bytes": self.peak_bytes, "budget_bytes": self.budget_bytes,
+                "states_bytes": self.by_category.get("optimizer", 0),
+            }  # fmt: skip
+            moves = any(way.applies_to == "weights" for way in self.patches)
+            again = functools.partial(put_again, self.patches, self.spans) if moves else None
+            guard = Guard(self.made_for, larger, put=again, **sizes) if larger != "ignore" else None
         self._applied[model] = weakref.ref(put(model, self.patches, self.spans, guard))
 
     def _refuse_others(self, model: nn.Module) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..stack import BlockCall, Executor, Stack, hidden_of, with_hidden
-from .cost import Captured, Step, Twin, forward_of, sink, source
+from .cost import Captured, Step, Twin, forward_of, source
+from .ends import sink
 from .fake import _autocast
 from .given import copied, tensors_of
 from .ways import Way, apply_ways, optimizer_for
@@ -138,7 +139,10 @@ class Timer:
         return ran - started, ended - back
 
     def turn(self, base: Twin, twin: Twin, patches: Sequence[Way]) -> float:
-        """Seconds of stem, head and loss, forward and backward. Twins as for `block`."""
+        """Seconds of stem, head and loss, forward and backward.
+
+        base: the unpatched twin.  twin: the one whose blocks hand on what `patches` let them.
+        """
         inside = {n for n, b in base.model.named_modules() if b in set(base.stack.blocks)}
         model = materialise(base, lambda n: not any(n.startswith(f"{i}.") for i in inside))
         apply_ways(model, patches, ())

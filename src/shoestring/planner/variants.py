@@ -112,6 +112,7 @@ class Costs:
         self._chains: dict[Any, _Priced] = {}
         self._timed_chains: dict[Any, _Priced] = {}
         self._optimizers: dict[Any, tuple[int, int]] = {}
+        self._evaluations: dict[Any, int] = whole._evaluations if whole is not None else {}
         self._times: dict[Any, list[tuple[float, float]]] = {}
         self._turns: dict[Any, float] = {}
         self._steps: dict[Any, float] = {}
@@ -168,7 +169,7 @@ class Costs:
         return Variant(
             patches=patches, offer=priced.offer, chain=priced.chain, kinds=priced.kinds,
             resident=priced.resident + states,
-            floor=max(floor, priced.end_peak + states),
+            floor=max(floor, priced.end_peak + states, self._evaluation(patches, plain) + states),
             outcomes=priced.outcomes,
             passes=self.step.accumulate,
             turn_seconds=self._turn_seconds(patches) if timed else 0.0,
@@ -216,6 +217,24 @@ class Costs:
             with twin.patched(w for w in ways if not w.promises.changes_weights):
                 self._optimizers[key] = twin.optimizer(ways)
         return self._optimizers[key]
+
+    def _evaluation(self, patches: Patches, plain: bool) -> int:
+        """Peak of the evaluation without the optimizer's states; 0 where there is none."""
+        if self.step.evaluate is None:
+            return 0
+        ways = tuple(w for w in patches if w.applies_to not in ("optimizer", "batch")
+                     or w.promises.changes_weights)  # fmt: skip
+        key = (_name(ways), plain)
+        if key not in self._evaluations:
+
+            def put(model: Any) -> None:
+                (strip if plain else bare)(model)
+                apply_ways(model, ways, ())
+
+            found = self.step.evaluation(put, ways)
+            assert found is not None
+            self._evaluations[key] = found.peak_bytes - found.by_category["optimizer"]
+        return self._evaluations[key]
 
     # -- seconds -----------------------------------------------------------------------------
 

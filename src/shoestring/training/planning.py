@@ -9,16 +9,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from ..errors import ConfigError, OutOfBudget
-from ..meter import Tracker
 from ..methods import method
 from ..objectives.next_token import Batch
 from ..planner import Plan, PlanFor, planner
 from ..planner.budget import automatic
 from ..planner.division import Division
-from ..planner.fake import fake_batch, fake_model
-from ..planner.quick import QuickFakeMode
+from ..planner.evaluation import evaluation_profile
 from ..planner.ways import allowed
 from ..units import format_bytes
 from .config import RunConfig
@@ -76,7 +75,7 @@ def plans_of_run(
     keeps = world.size > 1 and not world.shards
     return planner(
         build,
-        _with_waiting(batch, config, build),
+        _with_waiting(batch, config),
         optimizer=optimizer,
         allow=_methods(config, world),
         hands_over=() if world.size > 1 else HANDED_OVER,
@@ -86,16 +85,16 @@ def plans_of_run(
         # Whether or not they are clipped, the norm of all gradients is taken.
         grad_clip=config.optim.grad_clip or 1.0,
         division=division,
+        background_save=config.checkpoint.background,
     )
 
 
 _WAITING = "waiting"
 
 
-def _with_waiting(batch: Batch, config: RunConfig, build: Build) -> Batch:
-    """The batch with what lies in memory while it is learned from: the others of its update, and
-    the copy that a checkpoint in the background is written from. On CUDA both wait on the host,
-    where no budget counts them."""
+def _with_waiting(batch: Batch, config: RunConfig) -> Batch:
+    """The batch with the others of its update, which lie in memory while it is learned from. On
+    CUDA they wait on the host, where no budget counts them."""
     if next(iter(batch.values())).device.type != "cpu":
         return batch
     others = {
@@ -103,21 +102,7 @@ def _with_waiting(batch: Batch, config: RunConfig, build: Build) -> Batch:
         for i in range(1, config.optim.accumulate)
         for name, tensor in batch.items()
     }
-    if config.checkpoint.background:
-        # Only its size matters: memory that is never touched is never taken.
-        copy = torch.empty(_checkpoint_bytes(build), dtype=torch.uint8)
-        others[f"{_WAITING} for a checkpoint"] = copy
     return {**batch, **others}
-
-
-def _checkpoint_bytes(build: Build) -> int:
-    """Weights, AdamW's two states and its count of steps, and the generators' states."""
-    mode = QuickFakeMode()
-    twin = fake_model(build, mode)
-    weights = {id(tensor): tensor for tensor in twin.state_dict(keep_vars=True).values()}
-    held = sum(tensor.nbytes for tensor in weights.values())
-    trained = [p for p in twin.parameters() if p.requires_grad]
-    return held + sum(2 * p.nbytes + 4 for p in trained) + len(torch.get_rng_state())
 
 
 def _as_in_update(loss: LossFunction) -> LossFunction:
@@ -177,31 +162,24 @@ def evaluation_bytes(
     optimizer: OptimizerFactory,
     division: Division | None = None,
 ) -> int:
-    """Predicted peak of scoring `batch`: a forward of a fake twin, and the optimizer's states."""
-    mode = QuickFakeMode()
-    twin = fake_model(build, mode)
-    fake = fake_batch(batch, mode)
-    with mode:
+    """Predicted peak of scoring `batch`: a forward of a fake twin, the optimizer's states, and a
+    copy that is being saved."""
+    twins: list[nn.Module] = []
+
+    def apply(model: nn.Module) -> None:
+        twins.append(model)
         if chosen is not None:
-            chosen.apply(twin)
+            chosen.apply(model)
         if division is not None:
-            division.divide(twin)
-        if chosen is None:
-            made = optimizer(list(twin.parameters()))
-        else:
-            made = chosen.optimizer(twin, optimizer)
-        for parameter in twin.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        made.step()  # makes the states
-        made.zero_grad(set_to_none=True)
-        twin.eval()
-        tracker = Tracker()
-        tracker.seed(twin, made)
-        tracker.assign("other", fake.values())
-        with tracker, torch.no_grad():
-            loss(twin, fake)
-    return tracker.ledger.peak
+            division.divide(model)
+
+    def make(parameters: list[nn.Parameter]) -> Optimizer:
+        return optimizer(parameters) if chosen is None else chosen.optimizer(twins[0], optimizer)
+
+    beside = chosen.made_for.beside if chosen is not None and chosen.made_for is not None else 0
+    return evaluation_profile(
+        build, batch, apply=apply, optimizer=make, loss=loss, beside=beside
+    ).peak_bytes
 
 
 def budget_of_run(config: RunConfig, world: World) -> int | str:
