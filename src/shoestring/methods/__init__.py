@@ -6,6 +6,7 @@ from ..errors import ConfigError, StackError, closest
 from ..stack import Span, Stack
 from .base import MakeOptimizer, Method, Promises, Undo
 from .bf16_stochastic import Bf16Stochastic
+from .block_coordinate import BlockCoordinate
 from .chunked_loss import ChunkedLoss
 from .chunked_mlp import ChunkedMlp
 from .fused_step import FusedStep
@@ -37,6 +38,7 @@ METHODS: dict[str, Method] = {
         LowBitStates(),
         Bf16Stochastic(),
         OffloadOptimizer(),
+        BlockCoordinate(),
     )
 }
 

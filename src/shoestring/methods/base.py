@@ -47,6 +47,9 @@ class Promises:
     """Whether plans may use it whatever they are allowed: what all others are held against."""
     frees_gradients: bool = False
     """For optimizer methods: whether a gradient is used and freed within backward."""
+    takes_turns: bool = False
+    """For optimizer methods: whether it makes an `InTurns`, of which one part of the weights has
+    gradients at a time. A plan then promises the peak of the turn that needs most."""
     maps_files: bool = False
     """Whether tensors live in mapped files: the process's resident memory then counts pages that
     the system may take back."""

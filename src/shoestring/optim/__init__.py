@@ -2,5 +2,6 @@
 
 from .adamw import ChunkedAdamW
 from .stepping import Around, coupling, put_state, step_one
+from .turns import InTurns
 
-__all__ = ["Around", "ChunkedAdamW", "coupling", "put_state", "step_one"]
+__all__ = ["Around", "ChunkedAdamW", "InTurns", "coupling", "put_state", "step_one"]

@@ -7,7 +7,7 @@ put anywhere: inside backward, or between fetching a state and putting it away.
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,9 @@ class Around(Optimizer):
     What a loop, a scheduler or a checkpoint sees is the one inside; subclasses say what `step`
     does. Hooks on steps, also those the one inside came with, fire once for each `step`.
     """
+
+    takes_turns: ClassVar[bool] = False
+    """Whether only a part of the parameters is trained at a time; see `InTurns`."""
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner
@@ -103,6 +106,8 @@ def coupling(
     two pairs of tiny parameters, of which one is stepped together and the other one by one, last
     first. Only equal bits pass. make: what made it; parameters: as it was given.
     """
+    if isinstance(made, Around) and made.takes_turns:
+        return "it trains one part of them after another, and throws states away in between"
     key = _kind(made)
     if key not in _found:
         like = parameters[0]
@@ -116,6 +121,9 @@ def refuse_coupled(
 ) -> None:
     """ConfigError, in the name of `method`, for an optimizer that couples parameters."""
     if reason := coupling(make, made, parameters):
+        release = getattr(made, "release", None)  # what it did to the model ends with it
+        if release is not None:
+            release()
         raise ConfigError(
             f"{method} cannot step {type(made).__name__} one parameter at a time: {reason}",
             expected="an optimizer that updates each parameter by its own gradient and state",

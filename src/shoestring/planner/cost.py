@@ -24,6 +24,7 @@ from ..effort import unseen_so_far
 from ..errors import StackError
 from ..meter import Tracker
 from ..methods import MakeOptimizer
+from ..optim import InTurns
 from ..rows import cut, rows_of
 from ..stack import BlockCall, Executor, Runner, Stack, hidden_of, with_hidden
 from .chain import BlockCost, Chain, Option
@@ -33,6 +34,7 @@ from .evaluation import Evaluate, batch_bytes, evaluation_profile
 from .fake import (
     Profile,
     _autocast,
+    each_turn,
     fake_batch,
     fake_model,
     fused_adamw,
@@ -42,7 +44,7 @@ from .fake import (
 from .given import Batch, Loss, explained, loss_of
 from .made_for import Watched
 from .quick import QuickFakeMode, optimizers_may_read
-from .ways import Offer, Way, apply_ways, frees_gradients, optimizer_for, stack_of
+from .ways import Offer, Way, apply_ways, frees_gradients, optimizer_for, stack_of, takes_turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +321,7 @@ class Twin:
     """What is in place now, by `patched`."""
 
     def __post_init__(self) -> None:
+        self._made: Any = None
         self.mode = QuickFakeMode()
         self.model = fake_model(self.step.model, self.mode)
         self.batch = fake_batch(self.step.batch, self.mode)
@@ -347,17 +350,25 @@ class Twin:
 
     @contextlib.contextmanager
     def patched(self, patches: Iterable[Way]) -> Iterator[None]:
-        """The twin with patches in place; the blocks are called as without them."""
+        """The twin with patches in place; the blocks are called as without them. Where weights
+        are trained in turns it is that of the lowest block, which needs most."""
         patches = tuple(patches)
         with self.mode:
             undo = apply_ways(self.model, patches, ())
+            if takes_turns(patches):
+                self._made = optimizer_for(self.model, patches, self.step.make)(self._trained())
+                while self._made.active:
+                    self._made.end_turn()
         self.patches = patches
         try:
             yield
         finally:
-            self.patches = ()
+            self.patches, self._made = (), None
             with self.mode:
                 undo()
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     @contextlib.contextmanager
     def _gradients(self, module: nn.Module) -> Iterator[None]:
@@ -448,23 +459,26 @@ class Twin:
 
     def optimizer(self, ways: Iterable[Way]) -> tuple[int, int]:
         """(bytes of the optimizer's states, peak while it steps: weights and batch included), as
-        `ways` have it."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        `ways` have it; of turns the most that any needs."""
+        if self._made is not None:
+            self._made.release()
         with self.mode, optimizers_may_read(self.mode), Tracker() as tracker:
             tracker.seed(self.model)
             tracker.assign("other", tree_leaves(self.batch))
             waiting = hold(tracker, self.step.beside, self.model)
             ledger = tracker.ledger
             before = ledger.live
-            chosen = optimizer_for(self.model, ways, self.step.make)(parameters)
+            chosen = optimizer_for(self.model, ways, self.step.make)(self._trained())
             ledger.peak = ledger.live
-            for _ in range(2):  # the second finds the states that the first has made
-                # One backward in which gradients come one by one: some step as soon as one is
-                # there, and leave none.
-                torch.autograd.backward([sink(parameter) for parameter in parameters])
-                chosen.step()
-                chosen.zero_grad(set_to_none=True)
-            states = ledger.live - before
+            states = 0
+            for _ in each_turn(chosen) if isinstance(chosen, InTurns) else (0,):
+                for _ in range(min(2, getattr(chosen, "steps", 2))):
+                    # The second finds the states that the first has made. One backward in which
+                    # gradients come one by one: some step as soon as one is there, and leave none.
+                    torch.autograd.backward([sink(parameter) for parameter in self._trained()])
+                    chosen.step()
+                    chosen.zero_grad(set_to_none=True)
+                    states = max(states, ledger.live - before)
             del waiting
             return states, ledger.peak
 

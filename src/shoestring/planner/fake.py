@@ -5,7 +5,7 @@ Tracker that counts real ones, so that prediction and measurement speak of the s
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,10 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import ConfigError
 from ..meter import Tracker
+from ..meter.history import History
+from ..meter.ledger import Ledger
 from ..methods import MakeOptimizer
+from ..optim import InTurns
 from .fidelity import known_positions, without_trivial_masks
 from .given import Batch, Loss, copied, explained, loss_of, tensors_of
 from .quick import QuickFakeMode, optimizers_may_read, weights_may_read
@@ -76,6 +79,8 @@ def simulate(
     accumulate: forward and backward passes in each step.  autocast: dtype of the forward.
     mask: an attention mask of all ones is dropped by a real run, one with padding is not and
     needs more; "worst" counts as if it had padding, "given" believes the batch.
+    An optimizer that trains in turns is taken through all of them, whatever `steps` is: the peak
+    is that of the turn that needs most.
     later: count the steps that come after these as well, without running them: they find the
     optimizer's states from their beginning. With steps=1 one pass tells what two would.
     beside: bytes that lie in memory all the time.
@@ -107,7 +112,9 @@ def simulate(
                 nn.utils.clip_grad_norm_(parameters, grad_clip)
 
         with tracker, optimizers_may_read(mode), explained(type(twin).__name__):
-            for number in range(steps):
+            if isinstance(chosen, InTurns):
+                first_only = _walk_turns(tracker, chosen, turn)
+            for number in range(0 if isinstance(chosen, InTurns) else steps):
                 states = len(chosen.state)
                 turn()
                 if later and number == steps - 1:
@@ -167,6 +174,54 @@ def _step_again(
     turn()
     optimizer.step()
     return -1, before
+
+
+def each_turn(optimizer: InTurns) -> Iterator[int]:
+    """Every turn once: which part it trains. The next begins when the caller is done."""
+    for _ in optimizer.parts:
+        turn = optimizer.turn
+        yield optimizer.active
+        if optimizer.turn == turn:  # it ended by itself where it is short
+            optimizer.end_turn()
+
+
+def _walk_turns(
+    tracker: Tracker, optimizer: InTurns, turn: Callable[[], None]
+) -> tuple[int, int]:
+    """A step of every turn with its states there, if they ever are, and in the end once more the
+    one that needs most. Returns the stretch of the history that is before that."""
+    ledger, peaks = tracker.ledger, {}
+    for part in each_turn(optimizer):
+        _forget_peak(ledger)
+        _step_in_turn(optimizer, turn)
+        peaks[part] = ledger.peak
+    worst = max(peaks, key=lambda part: peaks[part])
+    while optimizer.active != worst:
+        optimizer.end_turn()
+    _forget_peak(ledger)
+    began = _step_in_turn(optimizer, turn, ledger.history)
+    return -1, began
+
+
+def _step_in_turn(
+    optimizer: InTurns, turn: Callable[[], None], history: History | None = None
+) -> int:
+    """The first step of a turn that finds the states; returns when it began."""
+    if optimizer.steps > 1:
+        for parameter in optimizer.parts[optimizer.active]:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    began = history.now if history is not None else 0
+    turn()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return began
+
+
+def _forget_peak(ledger: Ledger) -> None:
+    ledger.peak, ledger.peak_serial = ledger.live, ledger.serial
+    ledger.peak_by_category = dict(ledger.by_category)
 
 
 def fake_model(model_or_config: Any, mode: FakeTensorMode) -> nn.Module:

@@ -30,11 +30,15 @@ class InPlace:
     weights: Undo | None = None
     """Undoes what was done to the weights; None where nothing was."""
     guard: Guard | None = None
+    turns: Undo | None = None
+    """Ends the turns that weights are trained in; None where they all are at once."""
+    trained: tuple[str, ...] = ()
+    """Names of the weights that are trained in turns."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InPlace":
         # A copy has weights of its own, wherever its maker put them.
         changes, guard = copy.deepcopy((self.changes, self.guard), memo)
-        return InPlace(changes, guard=guard)
+        return InPlace(changes, guard=guard, trained=self.trained)
 
     def watch(self, model: nn.Module) -> None:
         """Put the guard's hook in."""
@@ -71,7 +75,8 @@ def put(
     try:
         bare(model)
         plain = _forwards(model)
-        apply_ways(model, [w for w in patches if w not in moving], ())
+        rest = [w for w in patches if w not in moving and not w.promises.takes_turns]
+        apply_ways(model, rest, ())
         undo = apply_ways(model, moving, ()) if moving else None
         apply_ways(model, (), spans)
     except BaseException:
@@ -86,7 +91,12 @@ def put(
     changes = [
         (m, plain.get(m), now) for m, now in _forwards(model).items() if now is not plain.get(m)
     ]
-    note = model.__dict__[_NOTE] = InPlace(changes, undo, guard)
+    turns = [w for w in patches if w.promises.takes_turns]
+    note = model.__dict__[_NOTE] = InPlace(
+        changes, undo, guard,
+        turns=apply_ways(model, turns, ()) if turns else None,
+        trained=tuple(n for n, p in model.named_parameters() if turns and p.requires_grad),
+    )  # fmt: skip
     note.watch(model)
     return note
 
@@ -128,6 +138,11 @@ def take_out(model: nn.Module) -> None:
         _set(module, before)
     note.unwatch(model)
     del model.__dict__[_NOTE]
+    if note.turns is not None:
+        note.turns()
+    for name, parameter in model.named_parameters():
+        if name in note.trained:  # a copy was made in the middle of a turn
+            parameter.requires_grad_(True)
     if note.weights is not None:
         note.weights()
 

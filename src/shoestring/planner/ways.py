@@ -55,7 +55,8 @@ class Way:
         """Whether a block costs something else with it."""
         promises = self.promises
         inside = promises.applies_to in ("module", "weights")
-        return inside or promises.frees_gradients or promises.changes_weights
+        when = promises.frees_gradients or promises.takes_turns
+        return inside or when or promises.changes_weights
 
     def executor(self, stack: Stack, start: int, stop: int) -> Executor:
         how = method(self.method)
@@ -214,6 +215,11 @@ def optimizer_for(model: nn.Module, ways: Iterable[Way], make: MakeOptimizer) ->
 def frees_gradients(ways: Iterable[Way]) -> bool:
     """Whether the optimizer steps inside backward, and gradients are gone after it."""
     return any(way.promises.frees_gradients for way in ways)
+
+
+def takes_turns(ways: Iterable[Way]) -> bool:
+    """Whether weights are trained in turns, by an `InTurns`."""
+    return any(way.promises.takes_turns for way in ways)
 
 
 def apply_ways(model: nn.Module, patches: Iterable[Way], spans: Sequence[Span]) -> Undo:

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from ..checkpoint import Checkpoint
 from ..checkpoint.tensors import InParts
 from ..errors import CheckpointError
-from ..optim import put_state
+from ..optim import InTurns, put_state
+from ..optim.turns import STEP, TURN
 from .distributed import World
 from .out_of_memory import is_out_of_memory
 from .sharding import Spread, divided, own_part
@@ -218,6 +219,9 @@ def _restore_optimizer(
         raise ValueError("its optimizer trains other parameters")
     owners = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"]}
     parameters = {name: parameter for name, (parameter, _) in owners.items()}
+    if isinstance(optimizer, InTurns):
+        settings = groups[0]["settings"]
+        optimizer.go_to(settings[TURN], settings[STEP])
     for name, value in saved.tensors(OPTIMIZER):
         parameter_name, _, key = name.rpartition(_SEPARATOR)
         parameter, group = owners[parameter_name]
