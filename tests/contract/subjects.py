@@ -4,7 +4,8 @@ Nothing here names a method. What a method needs follows from what it declares: 
 "streams" is given a network made reversible, and is held against the same network with all
 graphs kept (its `keep_top`); every other method is given the plain network and held against it.
 One of the optimizer is given a wider network, and makes the optimizer wherever one is needed; one
-of the batch has every backward done in its parts.
+of the batch has every backward done in its parts. Where weights are trained in turns these are cut
+short, so that a test sees several.
 """
 
 import copy
@@ -23,6 +24,7 @@ from shoestring.methods import METHODS, Method, apply_spans
 from shoestring.methods.reversible import reversible
 from shoestring.models.gpt import GPT, GPTConfig
 from shoestring.objectives.next_token import num_targets
+from shoestring.optim import InTurns
 from shoestring.rows import cut
 from shoestring.stack import Span, Stack
 
@@ -98,6 +100,8 @@ class Subject:
         return model
 
 
+TURN = 2
+"""Steps of a turn here, where weights are trained in turns."""
 MAKERS: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
 PARTS: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
 
@@ -237,4 +241,6 @@ def train(
         stepping.step()
         stepping.zero_grad(set_to_none=True)
         losses.append(float(loss))
+        if isinstance(stepping, InTurns) and step % TURN == TURN - 1:
+            stepping.end_turn()
     return losses, stepping

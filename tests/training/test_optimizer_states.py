@@ -19,6 +19,8 @@ CHAINS: dict[str, Chain] = {
     "4 bits, fused": [("low_bit_states", {"bits": 4}), ("fused_step", {})],
     "bf16": [("bf16_stochastic", {})],
     "offloaded": [("offload_optimizer", {})],
+    "turns": [("block_coordinate", {"steps": 2})],
+    "8 bits, turns": [("low_bit_states", {}), ("block_coordinate", {"steps": 2})],
     "all": [
         ("bf16_stochastic", {}), ("low_bit_states", {}), ("offload_optimizer", {}),
         ("fused_step", {}),

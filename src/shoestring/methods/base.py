@@ -26,7 +26,7 @@ class Promises:
 
     fidelity: Literal["exact", "unbiased", "structural"]
     """exact: same function, same gradient; unbiased: same gradient in expectation;
-    structural: another function is trained."""
+    structural: another function is trained, or by another algorithm."""
     grade: Literal["bitwise", "reassociated"] | None = None
     """For exact methods: equal bit for bit, or equal up to the order of sums."""
     bound_eps: float | None = None

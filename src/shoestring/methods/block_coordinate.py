@@ -107,9 +107,7 @@ class BlockCoordinate(Method):
                 hint="Leave out block_coordinate, or what is around the optimizer.",
             )
         refuse_coupled("block_coordinate", make, made, parameters)
-        return InTurns(
-            made, parts, steps=config.steps, order=config.order, seed=config.seed
-        )
+        return InTurns(made, parts, steps=config.steps, order=config.order, seed=config.seed)
 
 
 def _parts(

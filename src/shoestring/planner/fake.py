@@ -185,9 +185,7 @@ def each_turn(optimizer: InTurns) -> Iterator[int]:
             optimizer.end_turn()
 
 
-def _walk_turns(
-    tracker: Tracker, optimizer: InTurns, turn: Callable[[], None]
-) -> tuple[int, int]:
+def _walk_turns(tracker: Tracker, optimizer: InTurns, turn: Callable[[], None]) -> tuple[int, int]:
     """A step of every turn with its states there, if they ever are, and in the end once more the
     one that needs most. Returns the stretch of the history that is before that."""
     ledger, peaks = tracker.ledger, {}
