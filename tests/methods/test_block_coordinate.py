@@ -17,7 +17,7 @@ from shoestring.meter import Meter
 from shoestring.methods import METHODS, apply_spans
 from shoestring.models.gpt import GPT, GPTConfig
 from shoestring.optim import InTurns
-from shoestring.planner import Plan, planner, simulate
+from shoestring.planner import Plan, fake, planner, simulate
 from shoestring.planner.ways import allowed
 from shoestring.stack import Span, Stack
 
@@ -290,6 +290,36 @@ def test_the_peak_of_a_whole_round_is_predicted_to_the_byte(
             stepping.zero_grad()
     assert promised.peak_bytes == meter.peak_bytes
     assert promised.by_category == meter.by_category
+
+
+SCHEDULES: dict[str, list[tuple[int, int, str, dict[str, Any]]]] = {
+    "kept": [],
+    "run again": [(0, 6, "recompute", {})],
+    "nested": [(0, 6, "recompute", {"hold": [0, 3]})],
+    "below": [(0, 2, "recompute", {}), (2, 3, "recompute", {"save": "attention"})],
+    "above": [(3, 5, "offload", {}), (5, 6, "recompute", {})],
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_turns_that_the_simulation_leaves_out_need_no_more(name: str, monkeypatch: Any) -> None:
+    """All turns, gone through, have the peak of those that are looked at."""
+    spans = [Span(*each) for each in SCHEDULES[name]]
+
+    def peak() -> int:
+        twins: list[nn.Module] = []
+
+        def apply(twin: nn.Module) -> None:
+            twins.append(twin)
+            apply_spans(Stack.of(twin), spans)
+
+        return simulate(
+            gpt(depth=6), DATA, apply=apply, optimizer=lambda ps: turns(twins[0], ends=True)
+        ).peak_bytes
+
+    found = peak()
+    monkeypatch.setattr(fake, "_may_need_most", lambda model, optimizer: {*range(7)})
+    assert found == peak()
 
 
 def test_it_needs_a_fraction_of_all_gradients_and_states() -> None:

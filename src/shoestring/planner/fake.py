@@ -23,6 +23,7 @@ from ..meter.history import History
 from ..meter.ledger import Ledger
 from ..methods import MakeOptimizer
 from ..optim import InTurns
+from ..stack import Stack
 from .fidelity import known_positions, without_trivial_masks
 from .given import Batch, Loss, copied, explained, loss_of, tensors_of
 from .quick import QuickFakeMode, optimizers_may_read, weights_may_read
@@ -113,7 +114,7 @@ def simulate(
 
         with tracker, optimizers_may_read(mode), explained(type(twin).__name__):
             if isinstance(chosen, InTurns):
-                first_only = _walk_turns(tracker, chosen, turn)
+                first_only = _walk_turns(tracker, twin, chosen, turn)
             for number in range(0 if isinstance(chosen, InTurns) else steps):
                 states = len(chosen.state)
                 turn()
@@ -185,20 +186,42 @@ def each_turn(optimizer: InTurns) -> Iterator[int]:
             optimizer.end_turn()
 
 
-def _walk_turns(tracker: Tracker, optimizer: InTurns, turn: Callable[[], None]) -> tuple[int, int]:
-    """A step of every turn with its states there, if they ever are, and in the end once more the
-    one that needs most. Returns the stretch of the history that is before that."""
-    ledger, peaks = tracker.ledger, {}
+def _walk_turns(
+    tracker: Tracker, model: nn.Module, optimizer: InTurns, turn: Callable[[], None]
+) -> tuple[int, int]:
+    """A step with its states there, if they ever are, of every turn that may need most, and in the
+    end once more of the one that does. Returns the stretch of the history that is before that."""
+    ledger, peaks, looked_at = tracker.ledger, {}, _may_need_most(model, optimizer)
     for part in each_turn(optimizer):
-        _forget_peak(ledger)
-        _step_in_turn(optimizer, turn)
-        peaks[part] = ledger.peak
+        if part in looked_at:
+            _forget_peak(ledger)
+            _step_in_turn(optimizer, turn)
+            peaks[part] = ledger.peak
     worst = max(peaks, key=lambda part: peaks[part])
     while optimizer.active != worst:
         optimizer.end_turn()
     _forget_peak(ledger)
     began = _step_in_turn(optimizer, turn, ledger.history)
     return -1, began
+
+
+def _may_need_most(model: nn.Module, optimizer: InTurns) -> set[int]:
+    """The first and the last part of every run of neighbours that have weights of the same shapes
+    and are run by the same executor. In the turn of one further up backward does the same, but
+    ends earlier."""
+    stack = Stack.of(model)
+    runs = {
+        id(parameter): executor
+        for block, executor in zip(stack.blocks, stack.executors, strict=True)
+        for parameter in block.parameters()
+    }
+    kinds = [
+        [(p.shape, p.stride(), p.dtype, id(runs.get(id(p)))) for p in part]
+        for part in optimizer.parts
+    ]
+    pairs = zip([None, *kinds], [*kinds, None], strict=True)
+    borders = [i for i, (below, above) in enumerate(pairs) if below != above]
+    return {*borders[:-1], *(i - 1 for i in borders[1:])}
 
 
 def _step_in_turn(
