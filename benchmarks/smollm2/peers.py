@@ -72,11 +72,3 @@ def eight_bit(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
 
     made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr=1e-5)
     return made
-
-
-def adapters(model: Any) -> Any:
-    """LoRA of rank 8 beside every linear layer of the blocks, by peft."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)

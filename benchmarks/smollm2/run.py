@@ -6,10 +6,10 @@ is predicted first, from the config alone; then two whole steps with AdamW are c
 tensor (by a dispatch mode, beside which torch adds no gradients up in place); two more are timed
 with nothing beside them; and of one more the C allocator's peak is taken. Cumulative rows add
 one method to the row above. Then come the smallest plans that the planner finds when it may use
-exact methods only, unbiased ones too, and for adapters (LoRA); and recipes of others, also
+exact methods only, and unbiased ones too; adapters beside frozen weights; and recipes of others, also
 cumulative: transformers' checkpointing, the loss in checkpointed slices by hand, torch's recipe
 for an optimizer inside backward, and bitsandbytes' 8-bit AdamW in it (where it is installed).
-Writes results/smollm2.json and the table made of it, results/smollm2.md.
+Writes results/smollm2.json and the tables made of it, smollm2.md and adapters.md.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from shoestring.meter import Meter, allocator_peak
 from shoestring.meter.operators import tensors_in
 from shoestring.meter.outside import is_outside
 from shoestring.planner import planner, simulate
-from shoestring.planner.ways import Way, apply_ways, optimizer_for
+from shoestring.planner.ways import Way, allowed, apply_ways, optimizer_for
 from shoestring.stack import Span, Stack
 from shoestring.training.receipt import environment
 
@@ -45,6 +45,7 @@ ROWS, TOKENS = 4, 512
 RECOMPUTE, LOSS = "recompute", Way("chunked_loss")
 STEP, STATES = Way("fused_step"), Way("offload_optimizer")
 WEIGHTS = Way("stream_weights")
+WITH_ADAPTERS = ["lora", *(m.name for m in allowed("exact", hands_over=["optimizer"]))]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Recipe:
     peer: Callable[[nn.Module], object] | None = None
     loss: Callable[[Any, Any], Tensor] | None = None
     make: Callable[..., torch.optim.Optimizer] | None = None
-    allow: str | None = None
+    allow: str | Sequence[str] | None = None
     kind: str = "ours"
     predicted: bool = True
 
@@ -75,7 +76,12 @@ RECIPES = [
     Recipe("+ weights in a file", RECOMPUTE, (LOSS, WEIGHTS, STATES, STEP)),
     Recipe("smallest plan, exact", allow="exact"),
     Recipe("smallest plan, unbiased", allow="unbiased"),
-    Recipe("smallest plan, exact, LoRA of rank 8", allow="exact", kind="adapters"),
+    *(
+        Recipe(f"adapters of rank 16, base {base}", RECOMPUTE, (Way("lora", {"base": base}), LOSS),
+               kind="adapters")
+        for base in ("float", "int8", "nf4")
+    ),
+    Recipe("smallest plan, exact and adapters", allow=WITH_ADAPTERS, kind="adapters"),
     Recipe("gradient_checkpointing_enable()", kind="peer", peer=peers.checkpointing),
     Recipe(
         "+ loss in checkpointed slices", kind="peer",
@@ -111,8 +117,6 @@ def run_recipe(recipe: Recipe, rows: int, tokens: int) -> dict[str, Any]:
     """One recipe, in this process."""
     torch.manual_seed(0)
     model, tokenizer = shoestring.load(gguf_file())
-    if recipe.kind == "adapters":
-        model = peers.adapters(model)
     model.train()
     batch = text(tokenizer, rows, tokens)
     patches, spans, planned_s = list(recipe.patches), [], 0.0
@@ -195,14 +199,14 @@ def in_memory(model: nn.Module, optimizer: Any) -> int:
     return sum(t.untyped_storage().nbytes() for t in storages.values())
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any], kinds: Sequence[str] = ("plain", "ours", "peer")) -> str:
     plain = result["rows"][0]
     lines = [
         "| SmolLM2-135M | peak MB | of plain | predicted | allocator's peak MB | tokens/s "
         "| second loss |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for r in result["rows"]:
+    for r in (r for r in result["rows"] if r["kind"] in kinds):
         error = ""
         if r["predicted_bytes"] is not None:
             error = f"{r['predicted_bytes'] / r['measured_bytes'] - 1:+.2%}"
@@ -246,12 +250,13 @@ def main() -> None:
         "environment": environment(torch.device("cpu")),
         "batch_rows": rows, "tokens": tokens, "threads": torch.get_num_threads(), "rows": found,
     }  # fmt: skip
-    page = table(result)
+    page = table(result, ("plain", "ours", "adapters", "peer"))
     print(page)
     if not given.smoke:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "smollm2.json").write_text(json.dumps(result, indent=1) + "\n")
         (RESULTS / "smollm2.md").write_text(page)
+        (RESULTS / "adapters.md").write_text(table(result, ("plain", "adapters")))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Nothing here names a method. What a method needs follows from what it declares: 
 graphs kept (its `keep_top`); every other method is given the plain network and held against it.
 One of the optimizer is given a wider network, and makes the optimizer wherever one is needed; one
 of the batch has every backward done in its parts. Where weights are trained in turns these are cut
-short, so that a test sees several.
+short, so that a test sees several. Adapters are saved by name, and learn less than all weights do:
+what they learn is tested with them.
 """
 
 import copy
@@ -167,6 +168,15 @@ def is_of_the_batch(subject: Subject) -> bool:
 
 def is_of_the_optimizer(subject: Subject) -> bool:
     return bool(subject.promises.applies_to == "optimizer")
+
+
+def has_adapters(subject: Subject) -> bool:
+    """Whether it trains others beside the weights, which are none of the model's own."""
+    return bool(subject.promises.applies_to == "adapters")
+
+
+def keeps_names(subject: Subject) -> bool:
+    return not has_adapters(subject)
 
 
 def is_noisy(subject: Subject) -> bool:

@@ -60,6 +60,7 @@ class LoraConfig:
             raise ConfigError(
                 f"lora: targets = {self.targets!r}", expected="a list of names of layers"
             )
+        object.__setattr__(self, "targets", tuple(self.targets))  # a list, from JSON
 
 
 # ---- weights at few bits -----------------------------------------------------------------------
@@ -178,7 +179,7 @@ class Lora(Method):
         changes_weights=True,
     )
     Config = LoraConfig
-    variants = ({}, {"base": "int8"}, {"base": "nf4"})
+    variants = ({"base": "float"}, {"base": "int8"}, {"base": "nf4"})
 
     def apply(self, model: nn.Module, config: LoraConfig) -> Undo:
         """Freeze the model and put adapters in, in place; the result takes them out and forgets
@@ -189,7 +190,7 @@ class Lora(Method):
         """
         _refuse_missing("peft", "pip install shoestring[peft]")
         if config.base != "float":
-            _refuse_missing("bitsandbytes", "pip install bitsandbytes")
+            _refuse_missing("bitsandbytes", "pip install shoestring[qlora]")
         put = _Put(_layers(model, config), [p for p in model.parameters() if p.requires_grad])
         if any(p.grad is not None for p in model.parameters()):
             raise StackError(
@@ -252,9 +253,7 @@ def _layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
         if not config.targets or name.rpartition(".")[2] in config.targets:
             found[name] = module
     if not found:
-        wanted = (
-            f"linear layers called {list(config.targets)}" if config.targets else "linear layers"
-        )
+        wanted = f" called {list(config.targets)}" if config.targets else ""
         raise StackError(
             f"the blocks of {type(model).__name__} have no linear layers{wanted}",
             expected="torch.nn.Linear inside blocks",
