@@ -1,14 +1,14 @@
 """What does training one block at a time save in bytes, and cost in seconds and in loss?
 
 A GPT of 6 blocks of width 96 is trained on bytes of this library's source, 4 x 64 tokens a step, by
-AdamW on all weights, by `block_coordinate` with turns of several lengths, and as controls by AdamW
-on all blocks at once and on the last block alone. Once from random weights, once from weights that
-AdamW trained before on the English of its documents (a stand-in for fine-tuning: blocks, embeddings
-and head know something, and the text is another one). The same number of steps for all; learning
-rates are tried, and the best of each row counts, since it need not be the same. The loss is on text
-that is left out, as a mean over seeds. Peaks are of a whole round of turns: predicted on a fake
-twin, and measured by the meter. Seconds are the mean over the turns of the fastest of some steps in
-each, of one thread; `--seconds` measures only these again.
+AdamW on all weights, by `block_coordinate` with turns of several lengths, and as a control on the
+last block alone. Once from random weights, once from weights that AdamW trained before on the
+English of its documents (a stand-in for fine-tuning: blocks, embeddings and head know something,
+and the text is another one). The same number of steps for all; learning rates are tried, and the
+best of each row counts, since it need not be the same. The loss is on text that is left out, as a
+mean over seeds. Peaks are of a whole round of turns: predicted on a fake twin, and measured by the
+meter. Seconds are the mean over the turns of the fastest of some steps in each, of one thread;
+`--seconds` measures only these again.
 Writes results/structural.json and the tables made of it.
 """
 
@@ -43,13 +43,13 @@ HELD_OUT = 8  # batches of the last tenth of the text
 STARTS = ("random weights", "trained weights")
 CASES: dict[str, dict[str, Any] | None] = {
     "AdamW on all weights": None,
-    "AdamW on all blocks": None,
+    "in turns of 5, random order": {"steps": 5},
     "in turns of 20, random order": {"steps": 20},
     "in turns of 20, ends take part": {"steps": 20, "ends": True},
     "in turns of 100, random order": {"steps": 100},
     "the last block alone": None,
 }
-ALL, BLOCKS, *_, ALONE = CASES
+ALONE = "the last block alone"
 
 
 def network(seed: int, layers: int) -> nn.Module:
@@ -84,13 +84,12 @@ def adamw(parameters: Sequence[nn.Parameter], lr: float = 1e-3) -> Optimizer:
 
 
 def put(name: str, model: nn.Module, lr: float, seed: int) -> Optimizer:
-    """The optimizer of a case; controls freeze what they do not train."""
+    """The optimizer of a case; the control freezes all but one block."""
     make = functools.partial(adamw, lr=lr)
-    if name in (ALONE, BLOCKS):
-        blocks = Stack.of(model).blocks[-1 if name == ALONE else 0 :]
-        trains = {id(p) for block in blocks for p in block.parameters()}
+    if name == ALONE:
+        last = {id(p) for p in Stack.of(model).blocks[-1].parameters()}
         for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in trains)
+            parameter.requires_grad_(id(parameter) in last)
         return make([p for p in model.parameters() if p.requires_grad])
     settings = CASES[name]
     parameters = list(model.parameters())
@@ -171,7 +170,7 @@ def peaks(name: str, layers: int) -> dict[str, Any]:
 
 def _kept(twins: list[nn.Module], name: str, twin: nn.Module) -> None:
     twins.append(twin)
-    if name in (ALONE, BLOCKS):
+    if name == ALONE:
         put(name, twin, 1e-3, 0)
 
 
@@ -200,7 +199,6 @@ def main() -> None:
     parser.add_argument("--before", type=int, default=300, help="steps on prose")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--seconds", action="store_true", help="measure these again, nothing else")
-    parser.add_argument("--case", choices=CASES, help="measure this one again, keep the others")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.seconds:
@@ -212,9 +210,7 @@ def main() -> None:
     if arguments.smoke:
         sizes = {"layers": 2, "steps": 2, "before": 2, "seeds": 1}
     rows: dict[str, Any] = {}
-    if arguments.case is not None:
-        rows = json.loads((RESULTS / "structural.json").read_text())["rows"]
-    for name in CASES if arguments.case is None else [arguments.case]:
+    for name in CASES:
         rows[name] = peaks(name, sizes["layers"])
         for start in STARTS:
             rows[name][start] = losses(name, start, **sizes)
@@ -229,7 +225,7 @@ def main() -> None:
         **environment(torch.device("cpu")),
         "parameters": sum(p.numel() for p in network(0, sizes["layers"]).parameters()),
         "loss_before": untrained,
-        "rows": {name: rows[name] for name in CASES},
+        "rows": rows,
     }
     found = seconds(sizes["layers"], 1 if arguments.smoke else ROUNDS)
     if not arguments.smoke:
