@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..meter import Tracker
 from ..methods import MakeOptimizer
+from ..optim import InTurns
 from .ends import sink
 from .fake import Profile, _autocast, _profile, fake_batch, fake_model, fused_adamw, hold
 from .given import Batch, Loss, copied, explained, output_of
@@ -71,9 +72,14 @@ def _scored(twin: nn.Module, evaluate: Evaluate, batch: Batch, loss: Loss | None
 
 
 def with_states(twin: nn.Module, make: MakeOptimizer, mode: QuickFakeMode) -> Optimizer:
-    """The optimizer of a fake twin with the states that it has after a step. Under the mode."""
+    """The optimizer of a fake twin with the states that it has after a step; of turns in that of
+    the largest part. Under the mode."""
+    made = make([p for p in twin.parameters() if p.requires_grad])
+    if isinstance(made, InTurns):
+        sizes = [sum(p.nbytes for p in part) for part in made.parts]
+        while sizes[made.active] < max(sizes):
+            made.end_turn()
     trained = [p for p in twin.parameters() if p.requires_grad]
-    made = make(trained)
     with optimizers_may_read(mode), torch.enable_grad():
         # One backward in which gradients come one by one: some step as soon as one is there.
         torch.autograd.backward([sink(parameter) for parameter in trained])
