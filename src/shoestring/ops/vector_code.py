@@ -108,10 +108,13 @@ class VectorCode:
 
     def encode(self, x: Tensor) -> Codes:
         """(..., d), any float dtype -> codes. DataError for NaN and infinity, ConfigError for
-        another width and for a norm that scale_dtype cannot hold."""
+        another width and for a norm that scale_dtype cannot hold.
+
+        float64 is computed in float64: then the same vector has the same codes in any company,
+        where products of one row and of many round apart in float32."""
         if x.shape[-1] != self.width:
             raise ConfigError(f"vectors of width {x.shape[-1]}", expected=str(self.width))
-        x = x.float()
+        x = x if x.dtype == torch.float64 else x.float()
         norm = x.norm(dim=-1)
         if not bool(torch.isfinite(norm).all()):
             raise DataError(
@@ -119,14 +122,14 @@ class VectorCode:
                 expected="finite numbers",
             )
         unit = x / torch.where(norm > 0, norm, 1.0)[..., None]
-        levels, edges = self._table(x.device)
+        levels, edges = (table.to(x.dtype) for table in self._table(x.device))
         turned = self.rotate(unit)
         codes = torch.bucketize(turned, edges, out_int32=True)
         kept = levels[codes]
         packed = pack(codes.to(torch.uint8), self.code_bits) if self.code_bits else codes[..., :0]
         if self.sketch:
             lost = unit - self.rotate.inverse(kept)
-            signs = (lost @ self._sketch(x.device).T >= 0).to(torch.uint8)
+            signs = (lost @ self._sketch(x.device).to(x.dtype).T >= 0).to(torch.uint8)
             size = self._scales(norm * lost.norm(dim=-1))
             return Codes(packed.to(torch.uint8), self._scales(norm), pack(signs, 1), size)
         if self.scale == "norm":
@@ -137,20 +140,21 @@ class VectorCode:
 
     def decode(self, codes: Codes) -> Tensor:
         """Codes -> (..., d) float32."""
-        x = self.rotate.inverse(self._kept(codes))
+        x = self.rotate.inverse(self.rotated(codes))
         return x if codes.signs is None else x + self._signs(codes) @ self._sketch(x.device)
 
     def scores(self, queries: Tensor, codes: Codes) -> Tensor:
         """(..., m, d) and codes of (..., n) vectors -> (..., m, n): inner products, of vectors that
         are never rotated back."""
         queries = queries.float()
-        found = self.rotate(queries) @ self._kept(codes).mT
+        found = self.rotate(queries) @ self.rotated(codes).mT
         if codes.signs is not None:
             found = found + queries @ self._sketch(queries.device).T @ self._signs(codes).mT
         return found
 
-    def _kept(self, codes: Codes) -> Tensor:
-        """Levels of the codes, scaled: the vectors, rotated."""
+    def rotated(self, codes: Codes) -> Tensor:
+        """Codes -> (..., d) float32: the vectors as they lie after the rotation, without what a
+        sketch adds. Inner products with queries that were rotated, too, need no more."""
         index = unpack(codes.packed, self.code_bits, self.width) if self.code_bits else None
         levels, scale = self.levels(codes.scale.device), codes.scale.float()[..., None]
         if index is None:

@@ -1,0 +1,11 @@
+"""Serving in less memory: a context cache of a few bits a number, for `transformers`.
+
+    from shoestring.serve import CompressedCache
+
+    model.generate(**inputs, past_key_values=CompressedCache(model))
+"""
+
+from .attention import NAME, attach
+from .cache import CompressedCache
+
+__all__ = ["NAME", "CompressedCache", "attach"]
