@@ -1,8 +1,8 @@
 """Serving in less memory: a context cache of a few bits a number, for `transformers`.
 
-    from shoestring.serve import CompressedCache
+from shoestring.serve import CompressedCache
 
-    model.generate(**inputs, past_key_values=CompressedCache(model))
+model.generate(**inputs, past_key_values=CompressedCache(model))
 """
 
 from .attention import NAME, attach

@@ -159,7 +159,8 @@ def text_config(config_or_model: PreTrainedConfig | nn.Module) -> PreTrainedConf
         )  # fmt: skip
     if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         raise ConfigError(
-            f"layers of {config.model_type} share keys and values", expected="a cache for each layer"
+            f"layers of {config.model_type} share keys and values",
+            expected="keys and values of its own for each layer",
         )
     kinds, _ = get_layer_types_and_kwargs(config)
     if "full_attention" not in kinds:

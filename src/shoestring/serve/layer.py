@@ -215,11 +215,10 @@ class CompressedLayer(CacheLayerMixin):
     def _find_starts(self, mask: Tensor) -> None:
         seen = mask[:, 0, -1]
         seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
-        first = seen.int().argmax(-1)
         # A row without a token so far starts after all that is there.
-        first = torch.where(seen.any(-1), first, seen.shape[-1]).tolist()
-        first = first * (len(self.starts) // len(first))
-        pairs = zip(self.starts, first, self.frozen, strict=True)
+        first = torch.where(seen.any(-1), seen.int().argmax(-1), seen.shape[-1])
+        found = first.expand(len(self.starts)).tolist()
+        pairs = zip(self.starts, found, self.frozen, strict=True)
         self.starts = [old if frozen else new for old, new, frozen in pairs]
 
     def _code_what_left(self) -> None:
