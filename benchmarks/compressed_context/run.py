@@ -176,7 +176,8 @@ def main() -> None:
     ]  # fmt: skip
     result: dict[str, Any] = {
         "question": (__doc__ or "").splitlines()[0],
-        "environment": environment(torch.device("cpu")), "tokens": tokens, "chunk": CHUNK, "threads": torch.get_num_threads(), "text": text,
+        "environment": environment(torch.device("cpu")),
+        "tokens": tokens, "chunk": CHUNK, "threads": torch.get_num_threads(), "text": text,
         "rows": rows,
     }  # fmt: skip
     for name, (kind, make, steady) in caches(model).items():

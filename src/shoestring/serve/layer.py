@@ -252,7 +252,7 @@ class CompressedLayer(CacheLayerMixin):
         assert self.sink_values is not None
         there, keys, values = len(self.coded), self.recent.keys, self.recent.values
         try:
-            self.coded.append(keys[:, :, :count], values[:, :, :count], mean)
+            self.coded.append(*self._counting(count, mean), mean)
         except DataError as error:
             raise DataError(
                 f"keys or values of tokens {there} to {there + count - 1} hold NaN or infinity",
@@ -265,6 +265,20 @@ class CompressedLayer(CacheLayerMixin):
                     self.sink_keys[row, :, index] = keys[row, :, at]
                     self.sink_values[row, :, index] = values[row, :, at]
         self.recent.drop_oldest(count)
+
+    def _counting(self, count: int, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values to code. Padding and sinks, whose codes nobody reads, come out as zeros,
+        so that codes do not depend on what was known of the mean when they left."""
+        assert self.coded is not None
+        assert self.recent is not None
+        keys, values = self.recent.keys[:, :, :count], self.recent.values[:, :, :count]
+        unread = [start + self.sinks - len(self.coded) for start in self.starts]
+        if max(unread) > 0:
+            keys, values = keys.clone(), values.clone()
+            for row, many in enumerate(unread):
+                keys[row, :, : max(many, 0)] = 0 if mean is None else mean[row]
+                values[row, :, : max(many, 0)] = 0
+        return keys, values
 
     def _change_rows(self, change: Callable[[Tensor], Tensor], rows: list[int]) -> None:
         assert self.coded is not None
