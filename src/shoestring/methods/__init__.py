@@ -16,6 +16,7 @@ from .low_bit_states import LowBitStates
 from .microbatch import Microbatch
 from .offload import Offload
 from .offload_optimizer import OffloadOptimizer
+from .quantized_base import QuantizedBase
 from .recompute import Recompute
 from .reversible import Reversible
 from .squeeze import Squeeze
@@ -34,6 +35,7 @@ METHODS: dict[str, Method] = {
         Microbatch(),
         StreamWeights(),
         Lora(),
+        QuantizedBase(),
         FusedStep(),
         LowBitStates(),
         Bf16Stochastic(),

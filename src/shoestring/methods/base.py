@@ -56,6 +56,8 @@ class Promises:
     changes_weights: bool = False
     """Whether `apply` gives the weights another dtype, or trains others: blocks then cost something
     else."""
+    for_frozen: bool = False
+    """Whether it only does something to weights that are not trained: beside adapters, say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

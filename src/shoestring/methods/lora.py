@@ -22,19 +22,16 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses import FakeTensor
 
 from ..errors import ConfigError, StackError
+from ..ops.weight_codes import check_library, decode_layer, keep_in_codes
 from ..stack import Stack
 from .base import Method, Promises, Undo
-
-BLOCK = 64
-"""Values that share a magnitude, at 4 bits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,100 +57,7 @@ class LoraConfig:
             raise ConfigError(
                 f"lora: targets = {self.targets!r}", expected="a list of names of layers"
             )
-        object.__setattr__(self, "targets", tuple(self.targets))  # a list, from JSON
-
-
-# ---- weights at few bits -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """A weight as it is kept beside its codes: what decoding needs."""
-
-    base: str
-    shape: torch.Size
-    dtype: torch.dtype
-    scale: Tensor
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """The weight, as far as its codes say it."""
-        ops: Any = torch.ops.bitsandbytes
-        if self.base == "nf4":
-            found = ops.dequantize_4bit(
-                codes, self.scale, BLOCK, "nf4", list(self.shape), self.dtype
-            )
-            return cast(Tensor, found)
-        return (codes * (self.scale / 127)[:, None]).to(self.dtype)
-
-
-def encode(weight: Tensor, base: str) -> tuple[Tensor, Form]:
-    """(out, in) -> its codes, and what decoding needs. int8: rows share a magnitude."""
-    import bitsandbytes  # noqa: F401  (registers the operators)
-
-    ops: Any = torch.ops.bitsandbytes
-    if base == "nf4":
-        codes, scale = ops.quantize_4bit(weight.contiguous(), BLOCK, "nf4", torch.uint8)
-    else:
-        # Not its operator of that name, which leaves outliers to another path.
-        scale = weight.float().abs().amax(1)
-        steps = weight.float() * (127 / torch.where(scale > 0, scale, 1.0))[:, None]
-        codes = steps.round_().to(torch.int8)
-    return codes, Form(base, weight.shape, weight.dtype, scale)
-
-
-class DecodedLinear(torch.autograd.Function):
-    """x W^T + b with W decoded for the time of a product, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, codes: Tensor, form: Form) -> Tensor:
-        ctx.save_for_backward(codes)
-        ctx.form = form
-        weight = form.decode(codes).to(x.dtype)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (codes,) = ctx.saved_tensors
-        weight = ctx.form.decode(codes).to(gradients[0].dtype)
-        return gradients[0] @ weight, None, None, None
-
-
-class Decoding:
-    """Stands in the `forward` of a linear layer whose weight holds codes."""
-
-    def __init__(self, module: nn.Linear, form: Form) -> None:
-        self.module, self.form = module, form
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        made: Tensor = DecodedLinear.apply(x, self.module.bias, self.module.weight, self.form)
-        return made
-
-
-def quantise(layers: list[nn.Linear], base: str) -> Undo:
-    """Keep the weights of these layers in codes, in place, one after another; the result decodes
-    them."""
-    forms = []
-    for layer in layers:
-        codes, form = encode(layer.weight.detach(), base)
-        layer.weight.requires_grad_(False)
-        layer.weight.data = codes
-        layer.__dict__["forward"] = Decoding(layer, form)
-        forms.append(form)
-
-    def undo() -> None:
-        for layer, form in zip(layers, forms, strict=True):
-            _decode(layer, form)
-
-    return undo
-
-
-def _decode(layer: nn.Linear, form: Form) -> None:
-    if not layer.weight.is_floating_point():
-        layer.weight.data = form.decode(layer.weight.detach())
-    if isinstance(layer.__dict__.get("forward"), Decoding):
-        del layer.__dict__["forward"]
+        object.__setattr__(self, "targets", tuple(self.targets))  # JSON makes lists of them
 
 
 # ---- adapters ----------------------------------------------------------------------------------
@@ -189,8 +93,8 @@ class Lora(Method):
         without such layers, with adapters already, or with gradients.
         """
         _refuse_missing("peft", "pip install shoestring[peft]")
-        if config.base != "float":
-            _refuse_missing("bitsandbytes", "pip install shoestring[qlora]")
+        if config.base == "nf4":
+            check_library()
         put = _Put(_layers(model, config), [p for p in model.parameters() if p.requires_grad])
         if any(p.grad is not None for p in model.parameters()):
             raise StackError(
@@ -198,7 +102,7 @@ class Lora(Method):
             )
         decode = None
         if config.base != "float":
-            decode = quantise(list(put.layers.values()), config.base)
+            decode = keep_in_codes(put.layers.values(), config.base)
         model.requires_grad_(False)
         _inject(model, put, config)
 
@@ -222,8 +126,7 @@ def merge(model: nn.Module) -> int:
     for module in model.modules():
         if _is_adapted(module):
             layer: Any = module
-            if isinstance(gate := vars(layer.base_layer).get("forward"), Decoding):
-                _decode(layer.base_layer, gate.form)
+            decode_layer(layer.base_layer)
             if not layer.merged:
                 layer.merge()
             merged += 1

@@ -301,9 +301,11 @@ class Costs:
         ways = tuple(
             w for w in patches if w.applies_to == "optimizer" and not w.promises.frees_gradients
         )
-        key = _name(ways)
+        # Adapters are fewer than the weights that are trained without them.
+        trains = tuple(w for w in patches if w.applies_to == "adapters")
+        key = _name(trains + ways)
         if key not in self._steps:
-            self._steps[key] = self.timer.optimizer(self.base, ways)
+            self._steps[key] = self.timer.optimizer(self._twin(trains, plain=False), ways)
         return self._steps[key]
 
 

@@ -158,17 +158,27 @@ def patches_for(
         ways = [Way(m.name, dict(v)) for v in m.variants or ({},)]
         if m.promises.applies_to == "optimizer":
             optimizers += [] if keeps_gradients and m.promises.frees_gradients else ways
-        elif takes(model, ways[:1]):
+        elif m.promises.for_frozen or takes(model, ways[:1]):
             groups[m.promises.applies_to] += [(way,) for way in ways]
+    known: dict[tuple[str, ...], bool] = {}
     together = [tuple(itertools.chain(*each)) for each in itertools.product(*groups.values())]
-    # Adapters are modules that others may not know how to run.
-    together = [
-        each
-        for each in together
-        if len(each) < 2 or each[-1].applies_to != "adapters" or takes(model, each)
-    ]
+    together = [each for each in together if _tried(model, each, known)]
     parts = itertools.product(together, _together(model, optimizers, make))
     return [tuple(itertools.chain(*part)) for part in parts]
+
+
+def _tried(model: nn.Module, ways: Sequence[Way], known: dict[tuple[str, ...], bool]) -> bool:
+    """Whether these go together. Adapters are modules that others may not know how to run, and
+    freeze what others are for; a loss knows of neither."""
+    inside = [w for w in ways if w.applies_to != "loss"]
+    if not any(w.promises.for_frozen for w in inside) and (
+        len(inside) < 2 or inside[-1].applies_to != "adapters"
+    ):
+        return True
+    key = tuple(w.label for w in inside)
+    if key not in known:
+        known[key] = takes(model, inside)
+    return known[key]
 
 
 def _together(model: nn.Module, ways: Sequence[Way], make: MakeOptimizer) -> list[tuple[Way, ...]]:
