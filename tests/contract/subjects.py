@@ -2,7 +2,7 @@
 
 Nothing here names a method. What a method needs follows from what it declares: one that rebuilds
 "streams" is given a network made reversible, and is held against the same network with all
-graphs kept (its `keep_top`); every other method is given the plain network and held against it.
+graphs kept (its `keep_top`); one for frozen weights is given some; every other method is given the plain network and held against it.
 One of the optimizer is given a wider network, and makes the optimizer wherever one is needed; one
 of the batch has every backward done in its parts. Where weights are trained in turns these are cut
 short, so that a test sees several. Adapters are saved by name, and learn less than all weights do:
@@ -85,7 +85,12 @@ class Subject:
         """A network the method can run, the same weights each time."""
         if is_of_the_optimizer(self):
             sizes = {**WIDER, **sizes}
-        return NETWORKS[kind](streams=self.promises.rebuilds == "streams", **sizes)
+        model = NETWORKS[kind](streams=self.promises.rebuilds == "streams", **sizes)
+        if self.promises.for_frozen:
+            for module in nn.ModuleList(Stack.of(model).blocks).modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.requires_grad_(False)
+        return model
 
     def yardstick(self, kind: str = "gpt", **sizes: Any) -> nn.Module:
         """The same network with everything kept for backward."""
@@ -158,6 +163,12 @@ def is_exact(subject: Subject) -> bool:
     return bool(subject.promises.fidelity == "exact")
 
 
+def has_other_weights(subject: Subject) -> bool:
+    """Whether a structural method trains other weights than the model's own, or codes them."""
+    promises = subject.promises
+    return bool(promises.fidelity == "structural" and promises.changes_weights)
+
+
 def is_bitwise(subject: Subject) -> bool:
     return bool(subject.promises.grade == "bitwise")
 
@@ -168,15 +179,6 @@ def is_of_the_batch(subject: Subject) -> bool:
 
 def is_of_the_optimizer(subject: Subject) -> bool:
     return bool(subject.promises.applies_to == "optimizer")
-
-
-def has_adapters(subject: Subject) -> bool:
-    """Whether it trains others beside the weights, which are none of the model's own."""
-    return bool(subject.promises.applies_to == "adapters")
-
-
-def keeps_names(subject: Subject) -> bool:
-    return not has_adapters(subject)
 
 
 def is_noisy(subject: Subject) -> bool:

@@ -48,10 +48,13 @@ class Form:
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         """The weight (out, in), as far as its codes say it."""
         if self.base == "int8":
-            return (codes * (scale / 127)[:, None]).to(self.dtype)
+            return (codes * (scale.float() / 127)[:, None]).to(self.dtype)
         ops: Any = torch.ops.bitsandbytes
-        found = ops.dequantize_4bit(codes, scale, BLOCK, "nf4", list(self.shape), self.dtype)
-        return cast(Tensor, found)
+        # Flat: bitsandbytes 0.50 on a CPU takes blocks to begin anew in every row, which gives
+        # wrong values where rows are no multiple of a block.
+        n = self.shape.numel()
+        found = ops.dequantize_4bit(codes, scale.float(), BLOCK, "nf4", [n], self.dtype)
+        return cast(Tensor, found).view(self.shape)
 
 
 def check_library() -> None:
