@@ -2,11 +2,11 @@
 
 Nothing here names a method. What a method needs follows from what it declares: one that rebuilds
 "streams" is given a network made reversible, and is held against the same network with all
-graphs kept (its `keep_top`); one for frozen weights is given some; every other method is given the plain network and held against it.
-One of the optimizer is given a wider network, and makes the optimizer wherever one is needed; one
-of the batch has every backward done in its parts. Where weights are trained in turns these are cut
-short, so that a test sees several. Adapters are saved by name, and learn less than all weights do:
-what they learn is tested with them.
+graphs kept (its `keep_top`); one for frozen weights is given some; every other method is given the
+plain network and held against it. One of the optimizer is given a wider network, and makes the
+optimizer wherever one is needed; one of the batch has every backward done in its parts. Where
+weights are trained in turns these are cut short, so that a test sees several. Adapters are saved
+by name, and learn less than all weights do: what they learn is tested with them.
 """
 
 import copy

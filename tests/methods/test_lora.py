@@ -9,7 +9,8 @@ from torch import nn
 
 from shoestring.errors import ConfigError, StackError
 from shoestring.methods import method
-from shoestring.methods.lora import encode, merge
+from shoestring.methods.lora import merge
+from shoestring.ops.weight_codes import SCALE, encode
 from shoestring.planner import planner
 from shoestring.planner.ways import allowed
 
@@ -97,8 +98,8 @@ def test_what_was_not_merged_is_forgotten():
 def test_a_frozen_weight_is_used_as_it_is_decoded(base, most):
     layer = nn.Linear(96, 64)
     weight = layer.weight.detach().clone()
-    codes, form = encode(weight, base)
-    decoded = form.decode(codes)
+    codes, scale, form = encode(weight, base)
+    decoded = form.decode(codes, scale)
     assert 0 < (decoded - weight).norm() / weight.norm() < most
     it = model()
     put(it, base=base)
@@ -106,7 +107,8 @@ def test_a_frozen_weight_is_used_as_it_is_decoded(base, most):
     reference = nn.functional.linear
     x = torch.randn(3, 64, requires_grad=True)
     y = adapted.base_layer(x)
-    whole = adapted.base_layer.forward.form.decode(adapted.base_layer.weight)
+    layer = adapted.base_layer
+    whole = layer.forward.form.decode(layer.weight, getattr(layer, SCALE))
     assert torch.equal(y, reference(x, whole))
     y.square().sum().backward()
     again = x.detach().clone().requires_grad_()
@@ -146,6 +148,9 @@ def test_plans_use_it_where_it_is_named_and_keep_their_promise():
     plan.restore(it)
     assert [*it.state_dict()] == [*before]
     assert all(p.requires_grad for p in it.parameters())
+    assert all(p.dtype == torch.float32 for p in it.parameters())
+    off = [(v - before[k]).norm() / before[k].norm() for k, v in it.state_dict().items()]
+    assert 0 < max(off) < 0.1  # as they were decoded
 
 
 def test_blocks_with_adapters_are_timed():

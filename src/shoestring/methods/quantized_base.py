@@ -8,13 +8,13 @@ Memory: a weight of n values takes n bytes and 4 a row ("int8"), or 0.5625 n ("n
 or 2 n; one decoded weight more while its product runs, forward and backward.
 Time: the weight is decoded for every product: about its bytes written and read once more.
 Exactness: structural: another function from the start, by the error of the codes.
-Limits: `torch.nn.Linear` inside blocks, frozen, 4096 bytes or larger, used once. Undone, the weights
-are what was decoded. The file of a model in codes is no file of the model.
+Limits: `torch.nn.Linear` inside blocks, frozen, 4096 bytes or larger, used once. Undone, the
+weights are what was decoded. The file of a model in codes is no file of the model.
 Source: arXiv 2305.14314; NF4 is bitsandbytes' (`torch.ops.bitsandbytes.quantize_4bit`).
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -65,11 +65,14 @@ class QuantizedBase(Method):
         uses: dict[int, int] = {}
         for _, parameter in model.named_parameters(remove_duplicate=False):
             uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-        linear = {m: None for block in stack.blocks for m in block.modules() if _is_linear(m)}
+        linear: list[Any] = list(
+            dict.fromkeys(m for block in stack.blocks for m in block.modules() if _is_linear(m))
+        )
         if any(map(is_coded, linear)):
             raise StackError(
                 "weights of this model are in codes already",
-                hint="quantized_base can be applied once, and not beside lora with a base in codes.",
+                hint="quantized_base can be applied once, and not beside lora with a base in "
+                "codes.",
             )
         taken = [
             m for m in linear

@@ -134,6 +134,8 @@ def take_out(model: nn.Module) -> None:
                 f"{type(module).__name__}.forward was replaced after a plan was applied",
                 hint="Undo in the reverse order of applying.",
             )
+    if note.weights is not None:
+        note.weights()  # it finds what it put there
     for module, before in standing:
         _set(module, before)
     note.unwatch(model)
@@ -143,8 +145,6 @@ def take_out(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name in note.trained:  # a copy was made in the middle of a turn
             parameter.requires_grad_(True)
-    if note.weights is not None:
-        note.weights()
 
 
 def bare(model: nn.Module) -> None:
