@@ -111,7 +111,7 @@ class VectorCode:
         another width and for a norm that scale_dtype cannot hold.
 
         float64 is computed in float64: then the same vector has the same codes in any company,
-        where products of one row and of many round apart in float32."""
+        where products of one row and of many may round apart in float32."""
         if x.shape[-1] != self.width:
             raise ConfigError(f"vectors of width {x.shape[-1]}", expected=str(self.width))
         x = x if x.dtype == torch.float64 else x.float()
