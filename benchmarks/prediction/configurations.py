@@ -20,7 +20,6 @@ ALLOWED: dict[str, tuple[str | list[str], tuple[str, ...]]] = {
     "keep": (["keep"], ()),
     "exact": ("exact", ()),
     "exact, all handed over": ("exact", BOTH),
-    "squeeze": (["squeeze"], ()),
     "unbiased": ("unbiased", ()),
     # Every unbiased method, and of the exact ones those that are not combined with all others:
     # all together are some hundred combinations, a minute to price.
@@ -196,7 +195,7 @@ _ROWS: dict[str, Sequence[_Row]] = {
         (1, 16, 512, "AdamW, foreach", _EO),
     ),
     "GPT-2": (
-        (4, 128, 512, "AdamW", "squeeze"),
+        (4, 128, 512, "AdamW", _E),
         (2, 64, 8192, "SGD", _U),
         (8, 64, 512, "AdamW, fused", _EO),
         (2, 256, 512, "Adafactor", _K),
@@ -215,7 +214,7 @@ _ROWS: dict[str, Sequence[_Row]] = {
     ),
     "ViT": (
         (8, 64, 10, "AdamW, fused", _E),
-        (4, 96, 1000, "AdamW, foreach", "squeeze"),
+        (4, 96, 1000, "AdamW, foreach", _U),
         (8, 64, 10, "SGD, momentum", _EO),
         (16, 32, 100, "AdamW", _UO),
         (4, 64, 10, "Adafactor", _K),

@@ -77,12 +77,25 @@ def test_an_evaluation_is_in_the_promise_and_named_where_it_decides(build, allow
     assert meter.peak_bytes <= chosen.peak_bytes <= 1.03 * meter.peak_bytes
 
 
-def test_a_small_evaluation_changes_nothing():
+def test_of_a_small_evaluation_only_the_batch_is_in_the_promise():
     settings = {"optimizer": adamw, "budget": "1GiB", "seconds": False}
-    with_it = plan(big(), BATCH, evaluate=llama_batch(1, 8, 512), **settings)
+    small = llama_batch(1, 8, 512)
+    with_it = plan(big(), BATCH, evaluate=small, **settings)
     without = plan(big(), BATCH, **settings)
-    assert with_it.peak_bytes == without.peak_bytes
+    waiting = sum(tensor.nbytes for tensor in small.values())
+    assert with_it.peak_bytes == without.peak_bytes + waiting
     assert with_it.instant == without.instant != "evaluation"
+
+
+def test_a_held_out_batch_that_stays_is_counted_while_training_decides():
+    held_out = llama_batch(2, 32, 512)
+    chosen = plan(
+        big, BATCH, evaluate=held_out, optimizer=adamw, budget="1GiB", seconds=False,
+        allow=["keep"],
+    )  # fmt: skip
+    assert chosen.instant != "evaluation"
+    meter = measured(chosen, big, lambda model: evaluated(model, held_out))
+    assert meter.peak_bytes <= chosen.peak_bytes <= 1.03 * meter.peak_bytes
 
 
 def test_an_evaluation_may_be_a_function_of_the_model():

@@ -9,7 +9,7 @@ stem leaves alive) comes from one more pass of the twin with its blocks taken ou
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -107,8 +107,14 @@ class Step:
         return simulate(
             self.model, self.batch, apply=apply, optimizer=make, loss=self.loss,
             autocast=self.autocast, accumulate=self.accumulate, grad_clip=self.grad_clip,
-            steps=1, later=True, beside=self.beside,
+            steps=1, later=True, beside=self.waiting,
         )  # fmt: skip
+
+    @property
+    def waiting(self) -> int:
+        """Bytes beside a training step: a loop over held-out batches leaves its last one alive."""
+        scored = self.evaluate if isinstance(self.evaluate, Mapping) else {}
+        return self.beside + batch_bytes(scored)
 
     def evaluation(
         self, put: Callable[[nn.Module], object] | None = None, ways: Sequence[Way] = ()
@@ -447,7 +453,7 @@ class Twin:
         with self.mode, self._gradients(self.model), Tracker() as tracker:
             tracker.seed(self.model)
             tracker.assign("other", tree_leaves(self.batch))
-            waiting = hold(tracker, self.step.beside, self.model)
+            waiting = hold(tracker, self.step.waiting, self.model)
             cut = _Cut(self, tracker)
             with self._running(cut):
                 loss = self.step.forward(self.model, self.batch)
@@ -465,7 +471,7 @@ class Twin:
         with self.mode, optimizers_may_read(self.mode), Tracker() as tracker:
             tracker.seed(self.model)
             tracker.assign("other", tree_leaves(self.batch))
-            waiting = hold(tracker, self.step.beside, self.model)
+            waiting = hold(tracker, self.step.waiting, self.model)
             ledger = tracker.ledger
             before = ledger.live
             chosen = optimizer_for(self.model, ways, self.step.make)(self._trained())
