@@ -179,6 +179,14 @@ def stored_rows(result: dict[str, Any]) -> dict[str, Any]:
     return {row["name"]: row for row in found["rows"]}
 
 
+def store(result: dict[str, Any], smoke: bool) -> None:
+    if not smoke:
+        RESULTS.mkdir(exist_ok=True)
+        page = json.dumps(result, indent=1) + "\n"
+        (RESULTS / "compressed_context.json").write_text(page)
+        (RESULTS / "compressed_context.md").write_text(table(result))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true")
@@ -223,11 +231,8 @@ def main() -> None:
             "seconds": seconds, **compared(wanted, found, ids),
         })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
-        if not given.smoke:
-            RESULTS.mkdir(exist_ok=True)
-            page = json.dumps(result, indent=1) + "\n"
-            (RESULTS / "compressed_context.json").write_text(page)
-            (RESULTS / "compressed_context.md").write_text(table(result))
+        store(result, given.smoke)
+    store(result, given.smoke)
     print(table(result))
 
 

@@ -11,7 +11,9 @@ from transformers import (
     GptOssForCausalLM,
     LlamaConfig,
     MistralConfig,
-)  # fmt: skip
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from shoestring.errors import ConfigError, StackError
@@ -178,6 +180,24 @@ def test_a_crop_that_a_sliding_layer_cannot_do_is_refused_before_any_is_done(mod
     assert cache.compressed[0].get_seq_length() == length - 3
     with pytest.raises(ConfigError, match="crop"):
         cache.crop(-65)
+
+
+def test_linear_layers_beside_ours_keep_their_own_state():
+    config = Qwen3NextConfig(
+        **TINY, intermediate_size=32, num_key_value_heads=1, head_dim=16, vocab_size=128,
+        num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, pad_token_id=0, eos_token_id=None,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    model, prompt = Qwen3NextForCausalLM(config).eval(), ids(2, 40)
+    cache = CompressedCache(model, key_bits=8, value_bits=8, **SHORT)
+    plain = greedy(model, prompt, DynamicCache(config=config))
+    assert torch.equal(greedy(model, prompt, cache), plain)
+    assert len(cache.compressed) == 1
+    ours = sum(x.nbytes for x in cache.compressed[0].tensors())
+    states = [*cache.layers[0].conv_states.values(), *cache.layers[0].recurrent_states.values()]
+    assert cache.nbytes == ours + sum(x.untyped_storage().nbytes() for x in states)
 
 
 TINY = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
