@@ -213,8 +213,10 @@ class CompressedLayer(CacheLayerMixin):
                 )
 
     def _find_starts(self, mask: Tensor) -> None:
-        seen = mask[:, 0, -1]
+        """What no query of the tokens so far sees, at a row's front, is padding."""
+        seen = mask[:, 0]
         seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+        seen = seen.any(-2)
         # A row without a token so far starts after all that is there.
         first = torch.where(seen.any(-1), seen.int().argmax(-1), seen.shape[-1])
         found = first.expand(len(self.starts)).tolist()
