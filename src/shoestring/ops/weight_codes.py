@@ -62,7 +62,7 @@ def check_library() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "weights at 4 bits need bitsandbytes, which is not installed",
-            expected="bitsandbytes", hint="pip install shoestring[bitsandbytes]",
+            expected="bitsandbytes", hint="pip install shoestring[qlora]",
         )  # fmt: skip
 
 
@@ -142,11 +142,13 @@ def is_coded(module: nn.Module) -> bool:
 def keep_in_codes(layers: Iterable[nn.Linear], base: str) -> Callable[[], None]:
     """Keep the weights of these layers in codes, in place and one after another, and train them no
     more; the result decodes them. An error undoes what was done, but for what codes lost."""
-    done: list[nn.Linear] = []
+    done: list[tuple[nn.Linear, Form]] = []
 
     def undo() -> None:
-        for layer in done:
-            decode_layer(layer)
+        for layer, form in done:
+            # Whoever takes a plan out has put the forward back already: the weight is what tells.
+            if not layer.weight.is_floating_point():
+                _decode(layer, form)
 
     try:
         for layer in layers:
@@ -155,7 +157,7 @@ def keep_in_codes(layers: Iterable[nn.Linear], base: str) -> Callable[[], None]:
             layer.weight.data = codes
             layer.register_buffer(SCALE, scale)
             layer.__dict__["forward"] = Decoding(layer, form)
-            done.append(layer)
+            done.append((layer, form))
     except BaseException:
         undo()
         raise
@@ -165,11 +167,15 @@ def keep_in_codes(layers: Iterable[nn.Linear], base: str) -> Callable[[], None]:
 def decode_layer(layer: nn.Linear) -> None:
     """Give a layer in codes its decoded weight back; nothing where it has it."""
     if is_coded(layer):
-        form: Form = vars(layer)["forward"].form
-        scale: Tensor = getattr(layer, SCALE)
-        layer.weight.data = form.decode(layer.weight.detach(), scale)
+        _decode(layer, vars(layer)["forward"].form)
+
+
+def _decode(layer: nn.Linear, form: Form) -> None:
+    scale: Tensor = getattr(layer, SCALE)
+    layer.weight.data = form.decode(layer.weight.detach(), scale)
+    delattr(layer, SCALE)
+    if is_coded(layer):
         del layer.__dict__["forward"]
-        delattr(layer, SCALE)
 
 
 # ---- twins -------------------------------------------------------------------------------------
