@@ -124,7 +124,8 @@ def test_it_is_offered_beside_adapters_and_not_twice(base):
     offered = patches_for(model(), methods, adamw, keeps_gradients=False)
     found = [both_of(p) for p in offered]
     assert found.count((base, "float")) == 1
-    assert (base, base) not in found and (base, "") not in found
+    assert (base, base) not in found
+    assert (base, "") not in found
     assert ("", base) in found  # of lora's own
 
 

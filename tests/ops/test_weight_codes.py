@@ -53,7 +53,9 @@ def test_sixteen_bits_come_back_as_sixteen_bits(base, shape):
     assert ((found.float() - form.decode(codes, scale)).abs() <= 2**-8 * found.abs()).all()
 
 
-@pytest.mark.parametrize(("base", "bytes_"), [("int8", 96 * 80 + 4 * 96), ("nf4", 96 * 80 * 9 // 16)])
+@pytest.mark.parametrize(
+    ("base", "bytes_"), [("int8", 96 * 80 + 4 * 96), ("nf4", 96 * 80 * 9 // 16)]
+)
 def test_fake_codes_take_the_bytes_of_real_ones(base, bytes_):
     w = weight(96, 80)
     real = encode(w, base)[:2]
@@ -109,7 +111,9 @@ def test_a_layer_in_codes_can_be_saved_copied_and_decoded(base):
     layer = nn.Linear(80, 96)
     layer.weight.data = weight(96, 80)
     undo = keep_in_codes([layer], base)
-    assert is_coded(layer) and SCALE in layer.state_dict() and not layer.weight.requires_grad
+    assert is_coded(layer)
+    assert SCALE in layer.state_dict()
+    assert not layer.weight.requires_grad
     x = weight(4, 80)
     twin = copy.deepcopy(layer)
     assert torch.equal(twin(x), layer(x))
@@ -119,7 +123,8 @@ def test_a_layer_in_codes_can_be_saved_copied_and_decoded(base):
     undo()
     undo()
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-    assert torch.equal(layer(x), expected) and not is_coded(layer)
+    assert torch.equal(layer(x), expected)
+    assert not is_coded(layer)
     assert list(layer.state_dict()) == ["weight", "bias"]
     decode_layer(layer)  # nothing to do
 
