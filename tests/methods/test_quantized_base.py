@@ -1,5 +1,7 @@
 """Frozen weights in codes: beside adapters, in plans, and where there is nothing to do."""
 
+import copy
+
 import pytest
 import torch
 from benchmarks.planner.models import llama, llama_batch
@@ -150,6 +152,19 @@ def test_the_optimizer_of_adapters_is_timed_on_them(monkeypatch):
     apply_ways(adapted, [Way("lora")], ())
     counts = {sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (it, adapted)}
     assert {*timed} == counts
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_blocks_of_several_kinds_are_timed(frozen):
+    it = model()
+    narrow = copy.deepcopy(it.config)
+    narrow.intermediate_size = 160
+    it.model.layers[1].mlp = type(it)(narrow).model.layers[0].mlp
+    if frozen:
+        it.model.layers.requires_grad_(False)
+    allow = ["quantized_base"] if frozen else ["lora", "quantized_base"]
+    plan = planner(it, BATCH, optimizer=adamw, allow=allow)("2 GiB")
+    assert plan.step_seconds > 0
 
 
 @pytest.mark.parametrize("base", ["fp4", "", None])

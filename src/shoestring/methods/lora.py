@@ -180,8 +180,10 @@ def _inject(model: nn.Module, put: _Put, config: LoraConfig) -> None:
         r=config.rank, lora_alpha=config.alpha or 2 * config.rank,
         target_modules=list(put.layers), bias="none",
     )  # fmt: skip
-    device = next(iter(put.layers.values())).weight.device
-    is_fake = isinstance(next(iter(put.layers.values())).weight, FakeTensor)
+    weights = [layer.weight for layer in put.layers.values()]
+    # Where one block is timed all others have no data, and peft leaves there what is made there.
+    device = next((w.device for w in weights if not w.is_meta), weights[0].device)
+    is_fake = isinstance(weights[0], FakeTensor)
     with (
         _drawn_from(config.seed), warnings.catch_warnings(), torch.device(device),
         _left_where_made() if is_fake else contextlib.nullcontext(),
