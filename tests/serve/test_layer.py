@@ -96,6 +96,26 @@ def test_a_padded_row_is_kept_as_it_would_be_by_itself(chunk):
     assert torch.equal(one.scale[1:, :, 90:], other.scale)
 
 
+def test_a_last_token_that_sees_little_makes_no_padding_of_the_rest():
+    keys, values = tokens()
+    mask = torch.ones(N, N, dtype=torch.bool).tril()
+    mask[-1, : N - 2] = False
+    layer = make()
+    layer.update(keys, values)
+    layer.attended(mask[None, None])
+    assert layer.starts == [0, 0]
+    assert same(kept(layer), kept(feed(make(), keys, values)))
+
+
+def test_vectors_of_zeros_and_single_tokens_are_kept():
+    keys, values = torch.zeros_like(tokens())
+    layer = feed(make(), keys, values, chunk=1)
+    for _, *both in layer.coded.tiles():
+        for code, codes in zip(layer.coded.codes, both, strict=True):
+            assert not code.decode(codes).any()
+    assert all(bool(x.isfinite().all()) for x in layer.tensors() if x.is_floating_point())
+
+
 @pytest.mark.parametrize("left", [N - 1, N - 20, N - 21, 257, 256, 40, 2])
 def test_what_a_crop_leaves_stays_as_it_is_and_what_comes_next_is_coded_as_ever(left):
     keys, values = tokens()
