@@ -168,9 +168,9 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"Float32 weights from GGUF, 1 x {result['tokens']} tokens a step of the standard "
         f"library's source, {result['steps']} steps of AdamW at {RATES['all weights']:g} for all "
-        f"weights and {RATES['adapters']:g} for adapters of rank 16, {result['threads']} thread(s); "
-        f"torch {versions['torch']}, bitsandbytes {result['bitsandbytes']}. Seconds are the least of "
-        f"{result['steps'] - 3}, on a machine that others used.",
+        f"weights and {RATES['adapters']:g} for adapters of rank 16, {result['threads']} "
+        f"thread(s); torch {versions['torch']}, bitsandbytes {result['bitsandbytes']}. Seconds: "
+        f"the least of {result['steps'] - 3}.",
     ]
     return "\n".join(lines) + "\n"
 
