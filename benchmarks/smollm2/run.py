@@ -47,7 +47,8 @@ RECOMPUTE, LOSS = "recompute", Way("chunked_loss")
 STEP, STATES = Way("fused_step"), Way("offload_optimizer")
 WEIGHTS = Way("stream_weights")
 WITH_ADAPTERS = [
-    "lora", "recompute", "chunked_loss", "stream_weights", "offload_optimizer", "fused_step",
+    "lora", "quantized_base", "recompute", "chunked_loss", "stream_weights", "offload_optimizer",
+    "fused_step",
 ]  # fmt: skip
 
 

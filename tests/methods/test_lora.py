@@ -131,7 +131,8 @@ def test_plans_use_it_where_it_is_named_and_keep_their_promise():
     assert "lora" in {m.name for m in allowed("structural")}
     it = model()
     whole = planner(it, BATCH, optimizer=adamw, allow=["recompute"], seconds=False)
-    plans = planner(it, BATCH, optimizer=adamw, allow=["lora", "recompute"], seconds=False)
+    plans = planner(it, BATCH, optimizer=adamw, allow=["lora", "quantized_base", "recompute"],
+                    seconds=False)  # fmt: skip
     plan = plans(plans.smallest_bytes)
     assert [w.method for w in plan.patches if w.method == "lora"]
     assert plan.peak_bytes < 0.6 * whole.smallest_bytes
@@ -156,7 +157,7 @@ def test_plans_use_it_where_it_is_named_and_keep_their_promise():
 def test_blocks_with_adapters_are_timed():
     plans = planner(model(), BATCH, optimizer=adamw, allow=["lora"])
     assert plans(1 << 30).step_seconds > 0
-    assert plans(plans.smallest_bytes).patches[0].config["base"] == "nf4"
+    assert [w.method for w in plans(plans.smallest_bytes).patches] == ["lora"]
 
 
 def adamw(parameters):

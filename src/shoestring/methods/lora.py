@@ -83,7 +83,6 @@ class Lora(Method):
         changes_weights=True,
     )
     Config = LoraConfig
-    variants = ({"base": "float"}, {"base": "int8"}, {"base": "nf4"})
 
     def apply(self, model: nn.Module, config: LoraConfig) -> Undo:
         """Freeze the model and put adapters in, in place; the result takes them out and forgets
