@@ -128,7 +128,9 @@ def test_the_bytes_are_those_of_the_codes(base):
 
 def test_plans_use_it_where_it_is_named_and_keep_their_promise():
     assert "lora" not in {m.name for m in allowed("unbiased")}
-    assert "lora" in {m.name for m in allowed("structural")}
+    assert "lora" not in {m.name for m in allowed("structural")}  # loops would train nothing
+    assert "lora" in {m.name for m in allowed("structural", hands_over=["optimizer"])}
+    assert "lora" in {m.name for m in allowed(["lora"])}
     it = model()
     whole = planner(it, BATCH, optimizer=adamw, allow=["recompute"], seconds=False)
     plans = planner(it, BATCH, optimizer=adamw, allow=["lora", "quantized_base", "recompute"],
@@ -170,6 +172,10 @@ def adamw(parameters):
         ({"rank": 0}, "rank = 0"),
         ({"base": "int3"}, "base = 'int3'"),
         ({"targets": "q_proj"}, "a list of names"),
+        ({"targets": 5}, "a list of names"),
+        ({"alpha": -1}, "alpha = -1"),
+        ({"alpha": "much"}, "alpha = 'much'"),
+        ({"seed": "x"}, "seed = 'x'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, said):
@@ -187,6 +193,69 @@ def test_a_model_without_such_layers_or_with_adapters_is_refused_and_left_alone(
     assert sum(".lora_A" in n for n, _ in it.named_parameters()) == 2
 
 
+def test_where_putting_them_in_fails_the_model_is_as_it_was(monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("no")
+
+    it = model()
+    monkeypatch.setattr("shoestring.methods.lora.keep_in_codes", fails)
+    with pytest.raises(RuntimeError, match="no"):
+        put(it, base="int8")
+    assert all(
+        torch.equal(a, b) for a, b in zip(it.parameters(), model().parameters(), strict=True)
+    )
+    assert all(p.requires_grad for p in it.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+def test_saved_adapters_are_read_by_peft(tmp_path):
+    from peft import PeftModel
+
+    it = model()
+    put(it)
+    learned(it)
+    it.eval()
+    it.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(model(), tmp_path).eval()
+    assert torch.equal(it(**BATCH).logits, again(**BATCH).logits)
+
+
+def test_what_is_forgotten_is_told_unless_it_was_merged(caplog):
+    for merged in (False, True):
+        it = model()
+        undo = put(it)
+        learned(it, steps=2)
+        if merged:
+            merge(it)
+        caplog.clear()
+        undo()
+        assert ("forgotten" in caplog.text) is not merged
+
+
+def test_all_structural_methods_train_another_function_only_where_the_given_one_does_not_fit():
+    plans = planner(model(), BATCH, optimizer=adamw, allow="structural", seconds=False,
+                    hands_over=["optimizer"])  # fmt: skip
+    stricter = plans.planner.stricter
+    plans.planner.methods = [
+        m for m in plans.planner.methods if m.name in ("keep", "recompute", "lora")
+    ]
+    plans.planner.costs.methods = plans.planner.methods
+    stricter.methods = stricter.costs.methods = allowed(["keep", "recompute"])
+    assert not plans(1 << 30).patches
+    assert not plans(stricter.smallest_bytes).patches
+    assert [w.method for w in plans(stricter.smallest_bytes - 1).patches] == ["lora"]
+
+
+def test_a_model_that_does_not_take_what_was_named_is_told():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=64,
+                        bos_token_id=0, eos_token_id=0)  # fmt: skip
+    plans = planner(GPT2LMHeadModel(config), BATCH, allow=["lora"], seconds=False)
+    with pytest.raises(StackError, match="allow names 'lora', which this model does not take"):
+        plans(1 << 30)
+
+
 def test_gradients_that_are_there_are_not_lost_in_silence():
     it = model()
     it(**BATCH).loss.backward()
@@ -196,5 +265,5 @@ def test_gradients_that_are_there_are_not_lost_in_silence():
 
 def test_without_its_packages_it_says_which(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install shoestring\[peft\]"):
+    with pytest.raises(ConfigError, match=r"pip install 'shoestring\[peft\]'"):
         put(model())

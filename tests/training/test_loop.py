@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shoestring.checkpoint import verify
-from shoestring.errors import OutOfBudget, TrainingDiverged
+from shoestring.errors import ConfigError, OutOfBudget, TrainingDiverged
 from shoestring.planner import Plan
 from shoestring.stack import Span
 from shoestring.training.config import RunConfig
@@ -217,3 +217,18 @@ def test_conversations_are_learned_by_their_answers(settings, tmp_path):
     train(config)
     answered = metrics(config.run.directory)[0]["tokens"]
     assert 0 < answered < 2 * 31 / 2
+
+
+@pytest.mark.parametrize("method", ["lora", "quantized_base"])
+def test_a_plan_that_trains_other_weights_is_refused_before_anything_is_lost(
+    settings, tmp_path, method
+):
+    file = Path(plan_file(tmp_path / "plan.json", budget=1 << 30, blocks=3))
+    plan = json.loads(file.read_text())
+    plan["patches"].append({"method": method, "config": {}})
+    file.write_text(json.dumps(plan))
+    with pytest.raises(ConfigError, match=f"has '{method}': a run saves the model"):
+        train(settings(plan={"file": str(file)}))
+    with pytest.raises(ConfigError, match="plan.only names 'lora'"):
+        asked = {"allow": "structural", "budget": "64MiB"}
+        train(settings(run=asked, plan={"only": ("keep", "lora")}))

@@ -31,7 +31,14 @@ class Arm:
     rank: int
     bits: int
 
+    @property
+    def is_structural(self) -> bool:
+        """Whether what is trained is left to the plan."""
+        return not self.rank and self.allow == "structural"
+
     def __str__(self) -> str:
+        if self.is_structural:
+            return "structural methods"
         if not self.rank:
             return f"all weights, {self.allow}"
         return f"LoRA of rank {self.rank} on {self.bits}-bit weights"
@@ -63,7 +70,8 @@ def which_fits(arguments: "Arguments", terminal: Terminal) -> int:
     budget = _budget(arguments)
     fitting = [f for f in tried if f.fits]
     best = max(fitting, key=lambda f: f.parameters, default=None)
-    whole = max((f for f in fitting if not f.arm.rank), key=lambda f: f.parameters, default=None)
+    in_full = [f for f in fitting if not f.arm.rank and not f.arm.is_structural]
+    whole = max(in_full, key=lambda f: f.parameters, default=None)
     terminal.emit({
         "models": [asdict(f) for f in tried], "best": asdict(best) if best else None,
         "largest_in_full": asdict(whole) if whole else None, "budget": budget,
@@ -127,7 +135,7 @@ def _arms(arguments: "Arguments") -> tuple[list[Arm], list[str]]:
         left_out.append("LoRA: peft is not installed (pip install shoestring[peft])")
     else:
         left_out.append("LoRA: --lora-rank 0")
-    left_out.append("frozen weights of fewer than 16 bits: no method for them in this version")
+    left_out.append("frozen weights of 8 and 4 bits: in a plan by name (lora, quantized_base)")
     return arms, left_out
 
 

@@ -19,6 +19,8 @@ Source: arXiv 2106.09685; arXiv 2305.14314; adapters are peft's, NF4 is bitsandb
 
 import contextlib
 import importlib.util
+import logging
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -53,11 +55,20 @@ class LoraConfig:
             raise ConfigError(f"lora: rank = {self.rank!r}", expected="1 or more")
         if self.base not in ("float", "int8", "nf4"):
             raise ConfigError(f"lora: base = {self.base!r}", expected="'float', 'int8' or 'nf4'")
-        if isinstance(self.targets, str):
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if not number or not math.isfinite(self.alpha) or self.alpha < 0:
+            raise ConfigError(f"lora: alpha = {self.alpha!r}", expected="0 or more")
+        if not isinstance(self.seed, int):
+            raise ConfigError(f"lora: seed = {self.seed!r}", expected="a whole number")
+        good = isinstance(self.targets, list | tuple)
+        if not good or not all(isinstance(name, str) for name in self.targets):
             raise ConfigError(
                 f"lora: targets = {self.targets!r}", expected="a list of names of layers"
             )
         object.__setattr__(self, "targets", tuple(self.targets))  # JSON makes lists of them
+
+
+log = logging.getLogger(__name__)
 
 
 # ---- adapters ----------------------------------------------------------------------------------
@@ -91,27 +102,33 @@ class Lora(Method):
         ConfigError without peft (or bitsandbytes, for a quantised base). StackError for a model
         without such layers, with adapters already, or with gradients.
         """
-        _refuse_missing("peft", "pip install shoestring[peft]")
+        _refuse_missing("peft", "pip install 'shoestring[peft]'")
         if config.base == "nf4":
             check_library()
         put = _Put(_layers(model, config), [p for p in model.parameters() if p.requires_grad])
         if any(p.grad is not None for p in model.parameters()):
             raise StackError(
-                f"{type(model).__name__} has gradients", expected="a model between two steps"
+                f"{type(model).__name__} has gradients",
+                expected="a model between two steps",
+                hint="optimizer.zero_grad(set_to_none=True) first.",
             )
-        decode = None
-        if config.base != "float":
-            decode = keep_in_codes(put.layers.values(), config.base)
-        model.requires_grad_(False)
-        _inject(model, put, config)
+        decode: list[Undo] = []
 
         def undo() -> None:
             _take_out(model, put)
-            if decode is not None:
-                decode()
+            for each in decode:
+                each()
             for parameter in put.wanted:
                 parameter.requires_grad_(True)
 
+        try:
+            model.requires_grad_(False)
+            _inject(model, put, config)
+            if config.base != "float":  # last, as codes lose what they do not hold
+                decode.append(keep_in_codes(put.layers.values(), config.base))
+        except BaseException:
+            undo()
+            raise
         return undo
 
 
@@ -189,6 +206,7 @@ def _inject(model: nn.Module, put: _Put, config: LoraConfig) -> None:
     ):  # fmt: skip
         warnings.simplefilter("ignore")
         inject_adapter_in_model(theirs, model)
+    _say_adapted(model, adapted=True)
     adapters = [p for n, p in model.named_parameters() if ".lora_" in n]
     for adapter in adapters:
         # Codes are whole numbers, and 16 bits are too few to add small updates to.
@@ -198,11 +216,35 @@ def _inject(model: nn.Module, put: _Put, config: LoraConfig) -> None:
 
 
 def _take_out(model: nn.Module, put: _Put) -> None:
+    if any(_has_learned(module) for module in model.modules()):
+        log.warning(
+            "adapters that were trained are taken out and forgotten: "
+            "shoestring.methods.lora.merge(model) before that keeps what they learned"
+        )
     for name, layer in put.layers.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
     with contextlib.suppress(AttributeError):
         del model.peft_config
+    _say_adapted(model, adapted=False)
+
+
+def _say_adapted(model: Any, *, adapted: bool) -> None:
+    """transformers' save_pretrained then writes the adapters, as PeftModel.from_pretrained reads
+    them."""
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = adapted
+
+
+def _has_learned(module: nn.Module) -> bool:
+    """Whether there is an adapter that does something and is not in the weights."""
+    if not _is_adapted(module):
+        return False
+    layer: Any = module
+    b = layer.lora_B["default"].weight
+    if isinstance(b, FakeTensor) or b.is_meta or layer.merged:
+        return False
+    return bool(b.detach().any())
 
 
 def _is_adapted(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ Memory: 1 byte a value and 4 a row, or 0.5625 a value; a decoded weight while it
 """
 
 import importlib.util
+import logging
 import weakref
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -62,8 +63,19 @@ def check_library() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "weights at 4 bits need bitsandbytes, which is not installed",
-            expected="bitsandbytes", hint="pip install shoestring[qlora]",
+            expected="bitsandbytes", hint="pip install 'shoestring[qlora]'",
         )  # fmt: skip
+
+
+def _register() -> None:
+    """Import what registers the operators; it logs that a faster kernel could be downloaded."""
+    log = logging.getLogger("bitsandbytes")
+    was = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        log.setLevel(was)
 
 
 def encode(weight: Tensor, base: str) -> tuple[Tensor, Tensor, Form]:
@@ -76,8 +88,7 @@ def encode(weight: Tensor, base: str) -> tuple[Tensor, Tensor, Form]:
         steps = weight.float() * (127 / torch.where(scale > 0, scale, 1.0))[:, None]
         return steps.round_().to(torch.int8), scale, form
     check_library()
-    import bitsandbytes  # noqa: F401  (registers the operators)
-
+    _register()
     ops: Any = torch.ops.bitsandbytes
     codes, scale = ops.quantize_4bit(weight.contiguous(), BLOCK, "nf4", torch.uint8)
     return codes, scale, form

@@ -1,8 +1,8 @@
 """Adapters as a way to train: a model whose weights are frozen, with small ones beside them.
 
 LoRA (arXiv 2106.09685) comes from peft and is planned as any other model, on fake tensors. It
-trains another function than full fine-tuning does, so it is `structural` and never a plan's own
-choice: whoever asks for it gets it.
+trains another function than full fine-tuning does, so whoever asks for it gets it; what a plan may
+put in by itself is methods/lora.py.
 """
 
 import importlib.util

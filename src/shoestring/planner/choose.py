@@ -15,13 +15,14 @@ from functools import cached_property
 
 from torch import nn
 
+from ..errors import ShoestringError, StackError
 from ..stack import Span
 from .chain import Outcome, Schedule, evaluate, keep_all, nested
 from .cost import Step
 from .fake import Profile
 from .in_place import bare
 from .variants import Costs, Variant, spans_of
-from .ways import Allow, Offer, Way, allowed, apply_ways
+from .ways import FIDELITIES, Allow, Offer, Way, allowed, apply_ways
 
 NEAR = 0.03
 """How far the chain model may be off the simulation: within this of the budget, simulate."""
@@ -78,6 +79,12 @@ class Planner:
         self.costs = Costs(step, self.methods)
         self.base, self.offer = self.costs.base, self.costs.offer
         self._profiles: dict[str, Profile] = {}
+        self.stricter: Planner | None = None
+        """Asked first: another function is trained only where the given one does not fit."""
+        if allow == "structural":
+            self.stricter = Planner(
+                step, allow="unbiased", seconds=seconds, hands_over=self.hands_over
+            )
 
     # -- the curve ---------------------------------------------------------------------------
 
@@ -92,6 +99,7 @@ class Planner:
         return self._curve(timed=True)
 
     def _curve(self, *, timed: bool) -> list[Choice]:
+        self._refuse_left_out()
         found: list[Choice] = []
         for patches in self.costs.combinations:
             variant = self.costs.variant(patches, timed=timed and self.timed)
@@ -106,6 +114,25 @@ class Planner:
             if not kept or c.seconds < kept[-1].seconds:
                 kept.append(c)
         return kept
+
+    def _refuse_left_out(self) -> None:
+        """StackError for a structural method that was asked for by name and that this model does
+        not take: who trains another function wants to know whether it is."""
+        for m in () if isinstance(self.allow, str) and self.allow in FIDELITIES else self.methods:
+            if m.promises.fidelity != "structural" or m.promises.applies_to in ("span", "batch"):
+                continue
+            if any(way.method == m.name for each in self.costs.combinations for way in each):
+                continue
+            way = Way(m.name, dict((m.variants or ({},))[0]))
+            try:
+                with self.base.mode:
+                    apply_ways(self.base.model, [way], ())()
+            except ShoestringError as error:
+                raise StackError(
+                    f"allow names {m.name!r}, which this model does not take: {error.what}",
+                    expected=error.expected,
+                    hint=error.hint or "Leave it out.",
+                ) from error
 
     def _corrected(self, choices: list[Choice]) -> list[Choice]:
         """Choices for a stack that is rebuilt from its end, with corrected peaks: as far off as
@@ -181,6 +208,10 @@ class Planner:
 
     def choose(self, budget: int) -> Choice | None:
         """The fastest choice whose simulated peak is within the budget, or None."""
+        if self.stricter is not None:
+            found = self.stricter.choose(budget)
+            if found is not None:
+                return found
         if self._untouched is not None:
             # Nothing is faster, so where it fits nothing else needs to be measured.
             if self.promise(self._untouched).peak_bytes <= budget:

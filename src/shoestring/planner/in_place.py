@@ -66,9 +66,11 @@ def put(
     before, notes = _forwards(model), list(_notes(model))
     if has_moved_weights(model):
         raise StackError(
-            f"the weights of this {type(model).__name__} were moved by the plan that is in it",
+            f"the weights of this {type(model).__name__} were moved or changed by the plan that is "
+            "in it",
             expected="a model without such a plan",
-            hint="Take it out first: plan.restore(model).",
+            hint="Take it out first: plan.restore(model). Adapters are forgotten then, unless "
+            "shoestring.methods.lora.merge(model) comes before.",
         )
     moving = [w for w in patches if w.applies_to == "weights" or w.promises.changes_weights]
     undo: Undo | None = None

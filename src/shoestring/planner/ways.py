@@ -84,6 +84,7 @@ def allowed(allow: Allow, *, hands_over: Sequence[str] = ()) -> list[Method]:
     hands_over: what the loop leaves to the plan, of `HANDED_OVER`. Methods that are applied there
     are let in only so, or by name: a loop that does not know of them would not use them.
     """
+    hands_over = (hands_over,) if isinstance(hands_over, str) else hands_over
     for each in hands_over:
         if each not in HANDED_OVER:
             raise ConfigError(
@@ -92,6 +93,8 @@ def allowed(allow: Allow, *, hands_over: Sequence[str] = ()) -> list[Method]:
                 hint=closest(each, HANDED_OVER),
             )
     kept_back = {*HANDED_OVER} - {*hands_over}
+    if "optimizer" in kept_back:
+        kept_back.add("adapters")  # what is trained beside frozen weights is there after apply
     if isinstance(allow, str) and allow in FIDELITIES:
         good = FIDELITIES[: FIDELITIES.index(allow) + 1]
         return [

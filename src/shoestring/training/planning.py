@@ -43,7 +43,9 @@ def make_plan(
     OutOfBudget when nothing fits.
     """
     if config.plan.file:
-        return Plan.from_json(read_plan(config.plan.file))
+        chosen = Plan.from_json(read_plan(config.plan.file))
+        refuse_other_weights(config.plan.file, chosen)
+        return chosen
     if config.run.budget == "none":
         return None
     text = ""
@@ -210,12 +212,32 @@ def _methods(config: RunConfig, world: World) -> str | list[str]:
     if not only and not never and len(names) == len(allowed(config.run.allow, hands_over=over)):
         return config.run.allow
     for name in only:
+        if method(name).promises.applies_to == "adapters":
+            raise ConfigError(
+                f"plan.only names {name!r}, which trains others than the model's weights: a run "
+                "saves the model that its config names",
+                expected="methods for the model's own weights",
+                hint="Plan with it in a loop of your own.",
+            )
         if name not in names:
             raise ConfigError(
                 f"plan.only names {name!r}, which run.allow = {config.run.allow!r} forbids",
                 expected=f"some of {names}",
             )
     return [name for name in only or names if name not in never]
+
+
+def refuse_other_weights(file: str, plan: Plan) -> None:
+    """ConfigError for a plan that trains other weights than the model's own: a run saves the model
+    that its config names, and what they learned would be lost."""
+    for way in plan.patches:
+        if way.applies_to == "adapters" or way.promises.for_frozen:
+            raise ConfigError(
+                f"plan.file = {file!r} has {way.method!r}: a run saves the model that its config "
+                "names, and what was learned beside it would be lost",
+                expected="a plan without",
+                hint="Apply this plan in a loop of your own.",
+            )
 
 
 _ALONE = {
