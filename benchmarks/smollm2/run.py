@@ -46,10 +46,6 @@ ROWS, TOKENS = 4, 512
 RECOMPUTE, LOSS = "recompute", Way("chunked_loss")
 STEP, STATES = Way("fused_step"), Way("offload_optimizer")
 WEIGHTS = Way("stream_weights")
-WITH_ADAPTERS = [
-    "lora", "quantized_base", "recompute", "chunked_loss", "stream_weights", "offload_optimizer",
-    "fused_step",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,6 @@ RECIPES = [
                kind="adapters")
         for base in ("float", "int8", "nf4")
     ),
-    Recipe("smallest plan, exact and adapters", allow=WITH_ADAPTERS, kind="adapters"),
     Recipe("gradient_checkpointing_enable()", kind="peer", peer=peers.checkpointing),
     Recipe(
         "+ loss in checkpointed slices", kind="peer",
