@@ -223,8 +223,8 @@ def table(result: dict[str, Any], kinds: Sequence[str] = ("plain", "ours", "peer
         f"Float32 weights from GGUF, {result['batch_rows']} x {result['tokens']} tokens of the "
         f"standard library's source, AdamW, {result['threads']} threads; "
         f"torch {env['versions']['torch']}. "
-        "Tokens a second are of one step, on a machine that other work shared: only large differences "
-        "mean anything.",
+        "Tokens a second are of one step, on a machine that other work shared: only large "
+        "differences mean anything.",
     ]
     return "\n".join(lines) + "\n"
 
