@@ -156,7 +156,7 @@ def test_a_plan_with_it_is_taken_out_before_another_goes_in() -> None:
     expected = gradients(model)
     plan, other = plan_of(Way("stream_weights")), plan_of()
     plan.apply(model)
-    with pytest.raises(StackError, match="were moved by the plan"):
+    with pytest.raises(StackError, match="were moved or changed by the plan"):
         other.apply(model)
     assert same(expected, gradients(model))
     plan.restore(model)

@@ -131,5 +131,5 @@ def test_a_layer_in_codes_can_be_saved_copied_and_decoded(base):
 
 def test_without_the_library_it_says_which(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install shoestring\[qlora\]"):
+    with pytest.raises(ConfigError, match=r"pip install 'shoestring\[qlora\]'"):
         encode(weight(4, 64), "nf4")
