@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils._pytree import tree_leaves
 
 from ..meter import Tracker
@@ -81,8 +84,12 @@ def with_states(twin: nn.Module, make: MakeOptimizer, mode: QuickFakeMode) -> Op
             made.end_turn()
     trained = [p for p in twin.parameters() if p.requires_grad]
     with optimizers_may_read(mode), torch.enable_grad():
-        # One backward in which gradients come one by one: some step as soon as one is there.
-        torch.autograd.backward([sink(parameter) for parameter in trained])
+        if any(map(is_traceable_wrapper_subclass, trained)):
+            for parameter in trained:  # divided over a group: no method steps within backward there
+                parameter.grad = torch.zeros_like(parameter)
+        else:
+            # One backward in which gradients come one by one: some step as soon as one is there.
+            torch.autograd.backward([sink(parameter) for parameter in trained])
         made.step()
         made.zero_grad(set_to_none=True)
     return made
