@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from shoestring import mapped
 from shoestring.errors import SpillError
-from shoestring.mapped import MappedFile, filesystem, room, spill_directory
+from shoestring.mapped import MappedFile, filesystem, release, room, spill_directory
 from shoestring.meter import Tracker
 from shoestring.planner.quick import QuickFakeMode
 from shoestring.rss import status_bytes
@@ -32,7 +32,7 @@ def test_tensors_hold_what_is_written_and_do_not_overlap(
     for number, each in enumerate(made):
         each.fill_(number + 1)
     for each in made:
-        file.release(each)
+        release(each)
     assert all((each == number + 1).all() for number, each in enumerate(made))
     assert list(tmp_path.iterdir()) == []  # it has no name
 
@@ -52,7 +52,7 @@ def test_under_fake_tensors_nothing_is_written_and_the_same_is_counted() -> None
         inside = MappedFile(1 << 60).tensor((1 << 28, 1 << 28), torch.float32)
         assert isinstance(inside, FakeTensor)
         inside.add_(1)
-        MappedFile(4096).release(inside)
+        release(inside)
         assert tracker.live_bytes == 0
         copy = inside[:10, :10] * 2
         assert tracker.live_bytes == copy.nbytes
@@ -64,7 +64,7 @@ def test_released_pages_leave_memory(tmp_path: Path) -> None:
     before = status_bytes("RssFile")
     made.fill_(3)
     touched = status_bytes("RssFile")
-    file.release(made)
+    release(made)
     assert touched - before >= 63 * MIB
     assert status_bytes("RssFile") - before <= MIB
     assert made[0] == made[-1] == 3

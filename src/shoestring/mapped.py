@@ -71,10 +71,6 @@ class MappedFile:
             _PLACES[made.untyped_storage()] = (self._map, start, size)
         return made.view(shape)
 
-    def release(self, tensor: Tensor) -> None:
-        """See `release`."""
-        release(tensor)
-
     def _at(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
         mode = detect_fake_mode()
         if mode is not None:

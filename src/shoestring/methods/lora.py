@@ -23,7 +23,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -78,8 +78,8 @@ log = logging.getLogger(__name__)
 class _Put:
     """What was changed in a model."""
 
-    layers: dict[str, nn.Linear] = field(default_factory=dict)
-    wanted: list[nn.Parameter] = field(default_factory=list)
+    layers: dict[str, nn.Linear]
+    wanted: list[nn.Parameter]
     """Parameters that were trained before."""
 
 

@@ -56,7 +56,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 PIECE = 256
 """Elements whose squares are summed in float32 on CPU. torch sums those of a whole tensor so, which
-for 50 million of them is 0.4 % off, and depends on how the tensor is divided."""
+loses digits of long ones, and depends on how the tensor is divided."""
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], world: World | None = None) -> torch.Tensor:
