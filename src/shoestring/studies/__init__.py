@@ -1,0 +1,1 @@
+"""Published claims, run again at desk scale with the control arm that was missing."""

@@ -1,0 +1,1 @@
+"""Does a compressed context lose in steps what needles do not show?"""
