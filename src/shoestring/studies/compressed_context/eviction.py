@@ -64,11 +64,11 @@ class EvictingCache(SimulatedCache):
     def coded_bytes(self) -> float:
         """Pairs of one row that stay, and a count for each head."""
         known = min(self.coded, self.stays.shape[-1])
-        kept = self.stays[..., :known].sum() / len(self.stays)
-        kept = float(kept) + (self.coded - known) * self.vectors / 2
+        kept = int(self.stays[..., :known].sum()) / len(self.stays)
+        kept += (self.coded - known) * self.vectors / 2
         constants = 0 if self.bits == 16 else 32
         pair = 2 * (self.numbers / self.vectors * self.bits + constants) / 8
-        return kept * pair + 4 * self.vectors / 2
+        return float(kept * pair + 4 * self.vectors / 2)
 
 
 def above_threshold(scores: Tensor, keep: float) -> Tensor:

@@ -32,7 +32,7 @@ from .watching import watched
 SHARES = (3250 / 23040, 4700 / 23040)
 OURS = ((4, 4), (4, 2), (3, 3), (2, 2))
 SEEDED = ((4, 2), (2, 2))  # of ours, those that are run with three rotations
-MOST_BITS = 10  # of a number, ahead of deflate, that KVTC's program looks at
+MOST_BITS = 4.5  # of a number, ahead of deflate, that KVTC's program looks at
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Setting:
         if "codec" not in self._made:
             config = self.model.config
             tables = rotary_tables(self.model, min(8192, config.max_position_embeddings))
-            bits = round(MOST_BITS * self.plain_bytes / EXACT_BYTES * max(SHARES))
+            bits = round(MOST_BITS * self.plain_bytes / EXACT_BYTES)
             self._made["codec"] = KvtcCodec(self.calibration(), *tables, most_bits=bits)
         found: KvtcCodec = self._made["codec"]
         return found
@@ -86,7 +86,8 @@ class Setting:
 @dataclass(frozen=True)
 class Peer:
     """One cache. make: of the ids (B, t) that it is going to read, which only those use that need
-    to know them; needs: packages; shared: bytes of what all caches of a model have in common."""
+    to know them, inside of `attached`; needs: packages; share: of 16 bits, where it is made to take that much; shared:
+    bytes of what all caches of a model have in common."""
 
     name: str
     kind: str
@@ -95,13 +96,18 @@ class Peer:
     make: Callable[[Tensor], Cache]
     needs: tuple[str, ...] = ()
     seed: int = 0
+    share: float | None = None
     shared: Callable[[], int] = lambda: 0
 
     @property
     def missing(self) -> str | None:
         """Why it cannot be run here, or None."""
         absent = [name for name in self.needs if not _is_there(name)]
-        return f"not installed: {', '.join(absent)}" if absent else None
+        if absent:
+            return f"not installed: {', '.join(absent)}"
+        if self.share is not None and self.setting.coded_bytes(self.share) <= 0:
+            return f"the exact tokens alone take more than {self.share:.1%}"
+        return None
 
     def attached(self) -> AbstractContextManager[Any]:
         """The model's attention is as the cache needs it, until the end of a `with`."""
@@ -133,32 +139,35 @@ def _plain(setting: Setting, ids: Tensor) -> Cache:
 
 
 def _ours(setting: Setting, seeds: tuple[int, ...]) -> list[Peer]:
-    model, exact = setting.model, {"window": setting.window, "sinks": setting.sinks}
     found = []
     for keys, values in OURS:
         for seed in seeds if (keys, values) in SEEDED else seeds[:1]:
-            def make(ids: Tensor, keys: int = keys, values: int = values, seed: int = seed) -> Cache:
-                return CompressedCache(
-                    model, key_bits=keys, value_bits=values, seed=seed, **exact
-                )  # fmt: skip
-
             found.append(Peer(
-                f"ours {keys}/{values}", "ours", "shoestring.serve", setting, make, seed=seed,
+                f"ours {keys}/{values}", "ours", "shoestring.serve", setting,
+                partial(_compressed, setting, keys, values, seed), seed=seed,
             ))  # fmt: skip
     if "budget" in inspect.signature(CompressedCache.__init__).parameters:
         for share in SHARES:
-            size = round(share * setting.plain_bytes)
             for seed in seeds:
-                def budgeted(ids: Tensor, size: int = size, seed: int = seed) -> Cache:
-                    made: Any = CompressedCache
-                    cache: Cache = made(model, budget=f"{size}B", seed=seed)
-                    return cache
-
                 found.append(Peer(
-                    f"ours {share:.1%}", "ours", "shoestring.serve, by budget", setting, budgeted,
-                    seed=seed,
+                    f"ours {share:.1%}", "ours", "shoestring.serve, by budget", setting,
+                    partial(_budgeted, setting, share, seed), seed=seed,
                 ))  # fmt: skip
     return found
+
+
+def _compressed(setting: Setting, keys: int, values: int, seed: int, ids: Tensor) -> Cache:
+    return CompressedCache(
+        setting.model, key_bits=keys, value_bits=values, window=setting.window,
+        sinks=setting.sinks, seed=seed,
+    )  # fmt: skip
+
+
+def _budgeted(setting: Setting, share: float, seed: int, ids: Tensor) -> Cache:
+    """Where `CompressedCache` takes a budget, of bytes a token."""
+    made: Any = CompressedCache
+    cache: Cache = made(setting.model, budget=f"{share * setting.plain_bytes:.0f}B", seed=seed)
+    return cache
 
 
 def _packages(setting: Setting) -> list[Peer]:
@@ -201,15 +210,19 @@ def _turboquant(bits: int, window: int, layers: int, ids: Tensor) -> Cache:
     return cache
 
 
+def _kivi(setting: Setting, bits: int, ids: Tensor) -> Cache:
+    return KiviCache(setting.model.config, bits=bits, window=setting.window)
+
+
 def _simulated(setting: Setting) -> list[Peer]:
     config = setting.model.config
     exact: dict[str, int] = {"window": setting.window, "sinks": setting.sinks}
     found = [
         Peer(
-            f"KIVI {bits}", "simulated", "arXiv 2402.02750", setting,
-            lambda ids, bits=bits: KiviCache(config, bits=bits, window=setting.window),
-        ) for bits in (4, 2)
-    ]  # fmt: skip
+            f"KIVI {bits}", "simulated", "arXiv 2402.02750", setting, partial(_kivi, setting, bits)
+        )
+        for bits in (4, 2)
+    ]
 
     def oscar(ids: Tensor, window: int = setting.window) -> Cache:
         return OscarCache(config, setting.calibration(), window=window, sinks=setting.sinks)
@@ -223,6 +236,7 @@ def _simulated(setting: Setting) -> list[Peer]:
         ),
     ]  # fmt: skip
     for share in SHARES:
+
         def kvtc(ids: Tensor, share: float = share) -> Cache:
             transforms = setting.codec().within(setting.coded_bytes(share))
             return KvtcCache(config, setting.codec(), transforms, **exact)
@@ -231,12 +245,13 @@ def _simulated(setting: Setting) -> list[Peer]:
             return sum(2 * basis.numel() for _, basis in setting.codec().bases)
 
         found.append(Peer(
-            f"KVTC {share:.1%}", "simulated", "arXiv 2511.01815", setting, kvtc, shared=components,
+            f"KVTC {share:.1%}", "simulated", "arXiv 2511.01815", setting, kvtc, share=share,
+            shared=components,
         ))  # fmt: skip
         for bits in (4, 16):
             found.append(Peer(
                 f"KVzip {share:.1%}, {bits} bits", "simulated", "arXiv 2505.23416", setting,
-                partial(_evicting, setting, share, bits, None),
+                partial(_evicting, setting, share, bits, None), share=share,
             ))  # fmt: skip
     return found
 
@@ -264,6 +279,7 @@ def _controls(setting: Setting, seeds: tuple[int, ...]) -> list[Peer]:
     found = []
     for keys, values in SEEDED:
         for rotate in (True, False):
+
             def make(
                 ids: Tensor, keys: int = keys, values: int = values, rotate: bool = rotate
             ) -> Cache:
@@ -277,7 +293,7 @@ def _controls(setting: Setting, seeds: tuple[int, ...]) -> list[Peer]:
         for seed in seeds:
             found.append(Peer(
                 f"random eviction {share:.1%}, 4 bits", "control", "as KVzip, scores at random",
-                setting, partial(_evicting, setting, share, 4, seed), seed=seed,
+                setting, partial(_evicting, setting, share, 4, seed), seed=seed, share=share,
             ))  # fmt: skip
     return found
 

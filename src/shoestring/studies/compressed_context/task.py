@@ -75,7 +75,8 @@ def untrained(lesson: Lesson) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=SYMBOLS + 1 + len(HOPS), hidden_size=lesson.hidden,
         intermediate_size=2 * lesson.hidden, num_hidden_layers=lesson.layers,
-        num_attention_heads=lesson.heads, num_key_value_heads=lesson.heads // 2, head_dim=lesson.width,
+        num_attention_heads=lesson.heads, num_key_value_heads=lesson.heads // 2,
+        head_dim=lesson.width,
         max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=None, pad_token_id=None,
     )  # fmt: skip

@@ -29,7 +29,7 @@ from .simulated import SimulatedCache
 SIZES = (1, 16, 64, 256, 1024)
 BITS = (0, 2, 4, 8)
 GROUP_BITS = 32  # a minimum and a step
-_UNIT = 4  # bits that the program counts in
+_UNIT = 8  # bits that the program counts in
 _COMPONENTS = 4096  # that the program looks at; the last of more get no bits in any budget here
 _SAMPLE = 192  # tokens whose errors it counts
 
@@ -129,7 +129,7 @@ def errors_of(parts: Tensor) -> dict[tuple[int, int], Tensor]:
 class Program:
     """The dynamic program's table, from which the groups of any smaller budget can be read.
 
-    error: (units,), least squared error with that many units of 4 bits. chosen: (r + 1, units),
+    error: (units,), least squared error with that many units of 8 bits. chosen: (r + 1, units),
     which of `choices` (size, bits) ends at a component with that many units.
     """
 
@@ -204,9 +204,7 @@ class KvtcCodec:
         shares = (for_keys, units * _UNIT - for_keys)
         found = [
             Transform(mean, basis, program.groups(bits))
-            for (mean, basis), program, bits in zip(
-                self.bases, self.programs, shares, strict=True
-            )
+            for (mean, basis), program, bits in zip(self.bases, self.programs, shares, strict=True)
         ]
         return found[0], found[1]
 
