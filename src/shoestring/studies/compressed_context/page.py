@@ -23,16 +23,21 @@ _LINES = 8  # schemes drawn by hops
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown: a row for each peer, with the spread over seeds, then the verdicts."""
+    """Markdown: both of `tables`."""
+    return "\n".join(tables(result))
+
+
+def tables(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Markdown: a row for each peer, with the spread over seeds; and the verdicts."""
     rows = Rows(result)
     lines = ["| " + " | ".join(_HEAD) + " |", "|---" + "|---:" * (len(_HEAD) - 1) + "|"]
     lines += ["| " + " | ".join(cells) + " |" for cells in _cells(result, rows)]
-    lines += ["", "| claim | verdict | decided by | because |", "|---|---|---|---|"]
+    judged = ["| claim | verdict | decided by | because |", "|---|---|---|---|"]
     for each in verdicts(result):
-        lines.append(
+        judged.append(
             f"| {each.claim} ({each.source}) | **{each.verdict}** | {each.rule} | {each.because} |"
         )
-    return "\n".join([*lines, "", _footnote(result)]) + "\n"
+    return "\n".join([*lines, "", _footnote(result)]) + "\n", "\n".join(judged) + "\n"
 
 
 def _cells(result: Mapping[str, Any], rows: Rows) -> list[list[str]]:

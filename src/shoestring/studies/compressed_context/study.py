@@ -193,6 +193,10 @@ def _part(
         result["rows"].append(row)
         _write(directory, result)
         told(f"{part} {index + 1}/{len(listed)}: {peer.name} {row.get('missing', '')}".rstrip())
+    order = {(part, peer.name, peer.seed): index for index, peer in enumerate(listed)}
+    result["rows"].sort(  # as listed, also when some came later than others
+        key=lambda r: (r["part"] == part, order.get((r["part"], r["name"], r["seed"]), 0))
+    )
 
 
 def _wanted(setting: peers.Setting, size: Size) -> list[peers.Peer]:
