@@ -20,7 +20,10 @@ from transformers import Cache
 
 from .task import ASK, END, HOPS, texts
 
-_PLACES = ("Tavira", "Jihlava", "Otaru", "Cusco", "Narvik", "Agadir", "Mackay", "Trujillo")
+_PLACES = (
+    "Tavira", "Jihlava", "Otaru", "Cusco", "Narvik", "Agadir", "Mackay", "Trujillo", "Bergen",
+    "Matsue", "Puebla", "Kazan", "Dover", "Luxor", "Oviedo", "Tampa",
+)  # fmt: skip
 _COPIED = 40  # words of the list
 _GIVEN = 4  # of them are in the question
 
