@@ -116,6 +116,8 @@ def test_english_knows_where_its_answers_are():
     whole = "".join(chr(i) for i in ids)
     assert ids[:10] == text.tolist()
     assert given.length == 10
+    assert whole[given.questions :].startswith("\nThe secret number of")
+    assert min(min(places) for places in given.needles) > given.questions
     for places in given.needles:
         number = "".join(chr(ids[i]) for i in places).strip()
         assert whole.count(f"is {number}.") == 2  # the fact, and the question

@@ -31,11 +31,12 @@ _GIVEN = 4  # of them are in the question
 @dataclass(frozen=True, slots=True)
 class English:
     """ids: (1, t) of all that is read. length: tokens of the text proper, over which KL and
-    perplexity are; needles: of each fact, places in ids of its answer's tokens; words: places of
-    the list's tokens that are to be copied."""
+    perplexity are; questions: where they begin; needles: of each fact, places in ids of its
+    answer's tokens; words: places of the list's tokens that are to be copied."""
 
     ids: Tensor
     length: int
+    questions: int
     needles: tuple[tuple[int, ...], ...]
     words: tuple[int, ...]
 
@@ -53,7 +54,7 @@ def english(tokenizer: Any, text: Tensor, after: Tensor, vocabulary: str, seed: 
     )
     ids = [*text.tolist(), *_ids(tokenizer, facts + "\nThe words are: " + " ".join(words) + ".\n")]
     ids += after.tolist()
-    needles = []
+    questions, needles = len(ids), []
     order = draw.sample(range(len(_PLACES)), len(_PLACES))
     for index in order:
         ids += _ids(tokenizer, f"\nThe secret number of {_PLACES[index]} is")
@@ -63,7 +64,7 @@ def english(tokenizer: Any, text: Tensor, after: Tensor, vocabulary: str, seed: 
     ids += _ids(tokenizer, "\nThe words are: " + " ".join(words[:_GIVEN]))
     rest = _ids(tokenizer, " " + " ".join(words[_GIVEN:]))
     places = tuple(range(len(ids), len(ids) + len(rest)))
-    return English(torch.tensor([ids + rest]), len(text), tuple(needles), places)
+    return English(torch.tensor([ids + rest]), len(text), questions, tuple(needles), places)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

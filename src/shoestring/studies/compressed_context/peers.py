@@ -85,9 +85,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class Peer:
-    """One cache. make: of the ids (B, t) that it is going to read, which only those use that need
-    to know them, inside of `attached`; needs: packages; share: of 16 bits, where it is made to take
-    that much; shared: bytes of what all caches of a model have in common."""
+    """One cache. make: of the context (B, t) that it is going to read, which only those use that
+    must know it ahead, inside of `attached`; needs: packages; share: of 16 bits, where it is made
+    to take that much; shared: bytes of what all caches of a model have in common."""
 
     name: str
     kind: str

@@ -256,7 +256,7 @@ def _english(
 
     def read(peer: peers.Peer) -> measure.Reading:
         with peer.attached():
-            cache = peer.make(given.ids)
+            cache = peer.make(given.ids[:, : given.questions])
             return measure.read(model, given, cache, peers.cache_bytes, size.chunk)
 
     def measured(peer: peers.Peer) -> dict[str, float]:
