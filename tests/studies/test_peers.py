@@ -199,6 +199,16 @@ def test_components_are_orthogonal_and_the_largest_first():
         assert torch.equal(sizes, sizes.sort(descending=True).values)
 
 
+def test_components_by_layer_stay_within_one():
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(6)) * torch.arange(1.0, 13)
+    mean, basis = transform.principal(x, 12, blocks=3)
+    assert torch.allclose(basis.T @ basis, torch.eye(12), atol=1e-4)
+    parts = basis.view(3, 4, 12).abs().sum(1)
+    assert bool(((parts > 1e-6).sum(0) == 1).all())
+    sizes = ((x - mean) @ basis).square().sum(0)
+    assert torch.equal(sizes, sizes.sort(descending=True).values)
+
+
 def test_the_program_finds_the_best_of_all_plans():
     generator = torch.Generator().manual_seed(7)
     errors = {

@@ -38,8 +38,8 @@ MOST_BITS = 4.5  # of a number, ahead of deflate, that KVTC's program looks at
 @dataclass
 class Setting:
     """A model, and how long contexts are. window, sinks: tokens that stay exact; tokens: at which
-    budgets are met; rows: (rows, t) of ids to calibrate on, which no test uses; prompt: (1, p),
-    that asks to repeat a context."""
+    budgets are met; rows: (rows, t) of ids to calibrate on, which no test uses; others: the same,
+    of another kind of text, or None; prompt: (1, p), that asks to repeat a context."""
 
     model: Any
     tokens: int
@@ -47,6 +47,7 @@ class Setting:
     prompt: Tensor
     window: int = 128
     sinks: int = 4
+    others: Tensor | None = None
     _made: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -59,21 +60,34 @@ class Setting:
         heads: int = config.num_key_value_heads * config.num_hidden_layers
         return 2 * heads * width * EXACT_BYTES
 
-    def calibration(self) -> Calibration:
-        """Made when the first peer asks."""
-        if "calibration" not in self._made:
-            self._made["calibration"] = calibrate(self.model, self.rows)
-        found: Calibration = self._made["calibration"]
+    def calibration(self, other: bool = False) -> Calibration:
+        """Made when the first peer asks. other: of the other kind of text."""
+        name = f"calibration {other}"
+        if name not in self._made:
+            rows = self.others if other and self.others is not None else self.rows
+            self._made[name] = calibrate(self.model, rows)
+        found: Calibration = self._made[name]
         return found
 
-    def codec(self) -> KvtcCodec:
-        """KVTC's, likewise."""
-        if "codec" not in self._made:
+    def codec(self, how: str = "") -> KvtcCodec:
+        """KVTC's, likewise. how: "", "by layer", or "other text"."""
+        if how not in self._made:
             config = self.model.config
             tables = rotary_tables(self.model, min(8192, config.max_position_embeddings))
-            bits = round(MOST_BITS * self.plain_bytes / EXACT_BYTES)
-            self._made["codec"] = KvtcCodec(self.calibration(), *tables, most_bits=bits)
-        found: KvtcCodec = self._made["codec"]
+            self._made[how] = KvtcCodec(
+                self.calibration(how == "other text"), *tables, by_layer=how == "by layer",
+                most_bits=round(MOST_BITS * self.plain_bytes / EXACT_BYTES),
+            )  # fmt: skip
+        found: KvtcCodec = self._made[how]
+        return found
+
+    def scores(self, context: Tensor) -> Tensor:
+        """KVzip's, of the newest context that was asked for."""
+        known = self._made.get("scores")
+        if known is None or not torch.equal(known[0], context):
+            known = (context, kvzip_scores(self.model, context, self.prompt))
+            self._made["scores"] = known
+        found: Tensor = known[1]
         return found
 
     def coded_bytes(self, share: float) -> float:
@@ -214,9 +228,25 @@ def _kivi(setting: Setting, bits: int, ids: Tensor) -> Cache:
     return KiviCache(setting.model.config, bits=bits, window=setting.window)
 
 
+def _kvtc(setting: Setting, share: float, how: str, ids: Tensor) -> Cache:
+    codec = setting.codec(how)
+    return KvtcCache(
+        setting.model.config, codec, codec.within(setting.coded_bytes(share)),
+        window=setting.window, sinks=setting.sinks,
+    )  # fmt: skip
+
+
+def _components(setting: Setting, share: float, how: str) -> int:
+    """Bytes, in 16 bits, of the components that get bits; by layer, of one layer's features."""
+    transforms = setting.codec(how).within(setting.coded_bytes(share))
+    count = sum(group.size for each in transforms for group in each.groups)
+    features = len(transforms[0].mean)
+    return 2 * count * (features // setting.model.config.num_hidden_layers if how == "by layer"
+                        else features)  # fmt: skip
+
+
 def _simulated(setting: Setting) -> list[Peer]:
     config = setting.model.config
-    exact: dict[str, int] = {"window": setting.window, "sinks": setting.sinks}
     found = [
         Peer(
             f"KIVI {bits}", "simulated", "arXiv 2402.02750", setting, partial(_kivi, setting, bits)
@@ -236,18 +266,15 @@ def _simulated(setting: Setting) -> list[Peer]:
         ),
     ]  # fmt: skip
     for share in SHARES:
-
-        def kvtc(ids: Tensor, share: float = share) -> Cache:
-            transforms = setting.codec().within(setting.coded_bytes(share))
-            return KvtcCache(config, setting.codec(), transforms, **exact)
-
-        def components() -> int:
-            return sum(2 * basis.numel() for _, basis in setting.codec().bases)
-
-        found.append(Peer(
-            f"KVTC {share:.1%}", "simulated", "arXiv 2511.01815", setting, kvtc, share=share,
-            shared=components,
-        ))  # fmt: skip
+        is_first = share == SHARES[0]
+        others = ["other text"] if setting.others is not None and is_first else []
+        for how in ("", "by layer", *others):
+            found.append(Peer(
+                f"KVTC {share:.1%}" + (f", {how}" if how else ""),
+                "control" if how else "simulated", "arXiv 2511.01815", setting,
+                partial(_kvtc, setting, share, how), share=share,
+                shared=partial(_components, setting, share, how),
+            ))  # fmt: skip
         for bits in (4, 16):
             found.append(Peer(
                 f"KVzip {share:.1%}, {bits} bits", "simulated", "arXiv 2505.23416", setting,
@@ -265,7 +292,7 @@ def _evicting(
     pairs = config.num_hidden_layers * config.num_key_value_heads
     keep = min(1.0, setting.coded_bytes(share) / (pairs * pair))
     scores = (
-        kvzip_scores(setting.model, ids, setting.prompt) if seed is None
+        setting.scores(ids) if seed is None
         else random_scores(config, ids, seed)
     )  # fmt: skip
     return EvictingCache(
@@ -289,12 +316,12 @@ def _controls(setting: Setting, seeds: tuple[int, ...]) -> list[Peer]:
 
             name = f"{'rotated' if rotate else 'no rotation'} {keys}/{values}"
             found.append(Peer(name, "control", "our code, simulated", setting, make))
-    for share in SHARES:
-        for seed in seeds:
-            found.append(Peer(
-                f"random eviction {share:.1%}, 4 bits", "control", "as KVzip, scores at random",
-                setting, partial(_evicting, setting, share, 4, seed), seed=seed, share=share,
-            ))  # fmt: skip
+    share = SHARES[1]
+    for seed in seeds:
+        found.append(Peer(
+            f"random eviction {share:.1%}, 4 bits", "control", "as KVzip, scores at random",
+            setting, partial(_evicting, setting, share, 4, seed), seed=seed, share=share,
+        ))  # fmt: skip
     return found
 
 

@@ -6,11 +6,15 @@ and 4 hops. Every peer reads the same tokens in the same chunks. The result is w
 row, so a study that was ended goes on where it was; the trained model is a checkpoint.
 """
 
+import argparse
+import ast
 import hashlib
 import importlib.util
+import inspect
 import json
 import platform
 import time
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -249,7 +253,7 @@ def _english(
         model, size.tokens,
         ids[_CALIBRATE_FROM : _CALIBRATE_FROM + rows * length].view(rows, length),
         torch.tensor([tokenizer(_REPEAT, add_special_tokens=False).input_ids]),
-        window=size.window, sinks=size.sinks,
+        window=size.window, sinks=size.sinks, others=code_of(tokenizer, rows, length),
     )  # fmt: skip
     listed = _wanted(setting, size)
     plain: list[measure.Reading] = []
@@ -279,6 +283,12 @@ def gguf_file() -> Path | None:
     if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
         return None
     return next(Path(found.origin).parent.glob("*.gguf"), None)
+
+
+def code_of(tokenizer: Any, rows: int, length: int) -> Tensor:
+    """(rows, length) tokens of the standard library's source: another kind of text than prose."""
+    source = "".join(inspect.getsource(module) for module in (argparse, ast, inspect, typing))
+    return torch.tensor(tokenizer(source).input_ids[: rows * length]).view(rows, length)
 
 
 def text_of(tokenizer: Any) -> tuple[Tensor, str]:

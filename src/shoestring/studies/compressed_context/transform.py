@@ -96,10 +96,13 @@ def values_of(bits: int, codes: Tensor, low: Tensor, step: Tensor) -> Tensor:
     return codes.float() * step + low
 
 
-def principal(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(t, p) -> mean (p,), components (p, count), the largest variance first."""
+def principal(x: Tensor, count: int, blocks: int = 1) -> tuple[Tensor, Tensor]:
+    """(t, p) -> mean (p,), components (p, count), the largest variance first. blocks: features are
+    taken in so many parts, and no component is of more than one."""
     mean = x.mean(0)
     x = x - mean
+    if blocks > 1:
+        return mean, _by_block(x, blocks)[:, :count].contiguous()
     if x.shape[0] < x.shape[1]:  # fewer tokens than features: from the smaller of the two products
         sizes, left = torch.linalg.eigh(x @ x.T)
         keep = sizes > sizes[-1] * 1e-6
@@ -107,6 +110,13 @@ def principal(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     else:
         basis = torch.linalg.eigh(x.T @ x)[1]
     return mean, basis.flip(1)[:, :count].contiguous()
+
+
+def _by_block(x: Tensor, blocks: int) -> Tensor:
+    """(t, p), centred -> (p, p): components of each part by itself, all in one order."""
+    sizes, bases = torch.linalg.eigh(torch.stack([part.T @ part for part in x.chunk(blocks, 1)]))
+    whole = torch.block_diag(*bases)
+    return whole[:, sizes.flatten().argsort(descending=True)]
 
 
 def errors_of(parts: Tensor) -> dict[tuple[int, int], Tensor]:
@@ -176,11 +186,12 @@ def _units(group: Group) -> int:
 class KvtcCodec:
     """Transforms for keys and values of a model. calibration: keys as attention sees them;
     cos, sin: (positions, width) of the rotary embedding, which is taken from keys and given back;
-    most_bits: of a token, that budgets may ask for.
+    most_bits: of a token, that budgets may ask for; by_layer: components of each layer by itself.
     """
 
     def __init__(
-        self, calibration: Calibration, cos: Tensor, sin: Tensor, *, most_bits: int
+        self, calibration: Calibration, cos: Tensor, sin: Tensor, *, most_bits: int,
+        by_layer: bool = False,
     ) -> None:  # fmt: skip
         self.cos, self.sin = cos.float(), sin.float()
         body = calibration.positions >= 4
@@ -189,7 +200,7 @@ class KvtcCodec:
         self.bases, self.samples, self.programs = [], [], []
         for x in (keys, calibration.values[:, :, body]):
             flat = features(x)
-            mean, basis = principal(flat, _COMPONENTS)
+            mean, basis = principal(flat, _COMPONENTS, len(x) if by_layer else 1)
             sample = flat[:: -(-len(flat) // _SAMPLE)]
             self.bases.append((mean, basis))
             self.samples.append(sample)
