@@ -9,16 +9,18 @@ from ...report.charts import Axes, Series, legend, line_chart
 from ...report.curves import Range, spanning
 from ...report.document import document
 from ...report.markup import Html, join, tag
+from ...units import format_bytes
 from .claims import Rows, Spread, verdicts
 
 _HEAD = (
-    "cache", "bytes a token", "of 16 bits", "KL to float32", "perplexity", "top-1", "needles",
-    "copied", "chains: of 16 bits", "1 hop", "2 hops", "4 hops",
+    "cache", "bytes a token", "of 16 bits", "shared", "KL to float32", "perplexity", "top-1",
+    "needles", "copied", "chains: of 16 bits", "1 hop", "2 hops", "4 hops",
 )  # fmt: skip
 _KINDS = {
     "ours": ("ours", "--s0"), "package": ("installed packages", "--s1"),
     "simulated": ("published, simulated", "--s2"), "control": ("control arms", "--s7"),
 }  # fmt: skip
+_PARTS = ("english", "chains")
 _LINES = 8  # schemes drawn by hops
 
 
@@ -59,7 +61,11 @@ def _cells(result: Mapping[str, Any], rows: Rows) -> list[list[str]]:
             _said(rows.get("chains", name, key), ".1%")
             for key in ("share_of_16_bits", "hops_1", "hops_2", "hops_4")
         ]
-        seeds = max(len(rows.of.get((part, name), [])) for part in ("english", "chains"))
+        seeds = max(len(rows.of.get((part, name), [])) for part in _PARTS)
+        shared = max(
+            row["shared_bytes"] for part in _PARTS for row in rows.of.get((part, name), [])
+        )
+        english.insert(2, format_bytes(shared) if shared else "")
         found.append([f"{name} ({seeds} seeds)" if seeds > 1 else name, *english, *chains])
     return found
 
