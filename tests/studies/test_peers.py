@@ -339,6 +339,20 @@ def test_every_peer_reads_and_counts_or_says_why_not(model, setting):
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("name", ["hqq 4", "turboquant 4"])
+def test_installed_packages_read_through_their_own_caches(model, setting, name):
+    peer = {each.name: each for each in peers.peers(setting, (0,))}[name]
+    if peer.missing:
+        pytest.skip(peer.missing)
+    ids = tokens(40)
+    plain = said(model, DynamicCache(config=model.config), ids)
+    with peer.attached():
+        cache = peer.make(ids)
+        found = said(model, cache, ids)
+    assert 0 < (found - plain).square().mean() < 0.1 * plain.square().mean()
+    assert peers.cache_bytes(cache) > 40 * setting.plain_bytes / 4
+
+
 def test_a_missing_package_is_said_not_dropped(monkeypatch, setting):
     monkeypatch.setattr(peers, "_is_there", lambda name: name not in ("hqq", "turboquant"))
     found = {peer.name: peer.missing for peer in peers.peers(setting, (0,))}
