@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shoestring.errors import ConfigError
-from shoestring.ops.bit_pack import pack, pack_ref, padded, planes, row_bytes, unpack
+from shoestring.ops.bit_pack import pack, pack_ref, row_bytes, unpack
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -26,11 +26,10 @@ def test_the_layout_is_that_of_the_twin(bits):
 
 def test_three_bits_are_three_bits():
     assert row_bytes(64, 3) == 24
-    assert planes(3) == (2, 1)
-    assert padded(65, 3) == 72
+    assert row_bytes(65, 3) == 27
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1])
 def test_other_widths_are_refused(bits):
     with pytest.raises(ConfigError, match="1 to 8"):
-        planes(bits)
+        row_bytes(8, bits)
