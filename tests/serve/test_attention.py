@@ -1,26 +1,23 @@
 """Attention over codes: against attention over everything decoded, and what a mean key changes."""
 
-from functools import partial
-
 import pytest
 import torch
+from serve.forms import graded, plain
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shoestring.ops.vector_code import VectorCode
-from shoestring.serve.attention import attend, attended_ref
+from shoestring.serve.attention import BLOCK, attend, attended_ref
 from shoestring.serve.layer import CompressedLayer
-from shoestring.serve.store import BLOCK
-
-SETTINGS = {"key_bits": 4, "value_bits": 3, "window": 20, "sinks": 3, "centre": True}
 
 
-def layer_of(keys, values, mask=None, chunk=64, **settings):
-    codes = partial(VectorCode, seed=1)
-    layer = CompressedLayer(codes, **{**SETTINGS, **settings})
-    for start in range(0, keys.shape[2], chunk):
-        stop = start + chunk
+def layer_of(keys, values, mask=None, chunk=64, newest=1, form=plain, **settings):
+    """All tokens in it, the newest ones about to be attended to."""
+    layer = CompressedLayer(form(keys.shape[-1], **settings))
+    n, start = keys.shape[2], 0
+    for stop in [*range(chunk, n - newest, chunk), n - newest, n]:
         layer.update(keys[:, :, start:stop], values[:, :, start:stop])
-        layer.attended(None if mask is None else mask[:, :, start:stop, :stop])
+        if stop < n:
+            layer.attended(None if mask is None else mask[:, :, start:stop, :stop])
+        start = stop
     return layer
 
 
@@ -38,6 +35,7 @@ CASES = {
     "all exact": {"window": 900},
     "no sinks": {"sinks": 0},
     "not centred": {"centre": False},
+    "graded": {"form": graded},
 }
 
 
@@ -45,10 +43,10 @@ CASES = {
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("pads", [None, (0, 7, 300)])
 def test_attention_over_codes_is_that_over_what_they_stand_for(case, groups, pads):
-    rows, heads, n, m, width = 3, 2, 700, 5, 20
+    rows, heads, n, m, width = 3, 2, 700, 5, 24
     keys, values = torch.randn(2, rows, heads, n, width) + 0.5
     mask = None if pads is None else causal(rows, n, pads)
-    layer = layer_of(keys, values, mask, **CASES[case])
+    layer = layer_of(keys, values, mask, newest=m, **CASES[case])
     query = torch.randn(rows, heads * groups, m, width)
     newest = None if mask is None else mask[:, :, -m:]
     found = attend(query, layer, newest, 0.3)
@@ -82,7 +80,8 @@ def test_a_constant_added_to_all_keys_changes_nothing_once_centred():
     change = {}
     for centre in (True, False):
         both = [
-            attend(query, layer_of(k, values, centre=centre), None, 0.25) for k in (keys, moved)
+            attend(query, layer_of(k, values, newest=3, centre=centre), None, 0.25)
+            for k in (keys, moved)
         ]
         change[centre] = float((both[0] - both[1]).abs().max())
     assert change[True] < 1e-4
@@ -92,9 +91,9 @@ def test_a_constant_added_to_all_keys_changes_nothing_once_centred():
 def test_more_bits_are_nearer_to_exact_attention():
     keys, values = torch.randn(2, 1, 2, 900, 32)
     query, errors = torch.randn(1, 4, 16, 32), []
-    exact = attend(query, layer_of(keys, values, window=2000), None, 0.2)
+    exact = attend(query, layer_of(keys, values, newest=16, window=2000), None, 0.2)
     for bits in (2, 3, 4, 6, 8):
-        layer = layer_of(keys, values, key_bits=bits, value_bits=bits)
+        layer = layer_of(keys, values, newest=16, key_bits=bits, value_bits=bits)
         errors.append(float((attend(query, layer, None, 0.2) - exact).norm() / exact.norm()))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.01
@@ -119,12 +118,12 @@ def test_no_more_than_a_block_is_ever_decoded():
     layer = layer_of(keys, values)
     with Largest() as largest:
         attend(torch.randn(1, 4, 1, 16), layer, None, 0.25)
-    assert largest.numbers == 2 * BLOCK * 16
+    assert largest.numbers == 2 * 2 * BLOCK * 16  # keys and values of two heads
 
 
 def test_sixteen_bit_queries_give_sixteen_bits():
     keys, values = torch.randn(2, 1, 2, 300, 16).bfloat16()
-    layer, query = layer_of(keys, values), torch.randn(1, 4, 2, 16).bfloat16()
+    layer, query = layer_of(keys, values, newest=2), torch.randn(1, 4, 2, 16).bfloat16()
     found = attend(query, layer, None, 0.25)
     assert found.dtype == torch.bfloat16
     assert (found - attended_ref(query, layer, None, 0.25)).abs().max() < 0.02

@@ -71,7 +71,7 @@ def test_more_bits_are_nearer_to_the_plain_cache(model):
     assert found[-1] < 0.1 * found[0]
 
 
-@pytest.mark.parametrize("settings", [SHORT, {"window": 8}], ids=["short", "centred"])
+@pytest.mark.parametrize("settings", [SHORT, {"window": 16}], ids=["short", "centred"])
 def test_generate_is_the_loop_by_hand(model, settings):
     prompt = ids(1, 40)
     cache, other = (CompressedCache(model, **settings) for _ in range(2))
@@ -82,7 +82,7 @@ def test_generate_is_the_loop_by_hand(model, settings):
             step = model(step, past_key_values=other).logits[:, -1:].argmax(-1)
             text = torch.cat([text, step], dim=1)
     assert torch.equal(found, text)
-    assert len(cache.compressed[0].coded) == 99 - 8
+    assert len(cache.compressed[0].stores[1]) == 99 - cache.forms[0].window
 
 
 @pytest.mark.parametrize("settings", [SHORT, {"window": 64}], ids=["short", "centred"])
@@ -114,7 +114,7 @@ def test_a_beam_scores_what_its_tokens_do_by_themselves(model):
             logits = model(token[:, None], past_key_values=other).logits[:, -1]
     assert text.shape == (2, 40 + new)
     assert (found.sequences_scores - scores).abs().max() < 1e-3
-    assert len(cache.compressed[0].coded) > 40
+    assert len(cache.compressed[0].stores[1]) > 40
 
 
 def test_drafts_from_the_prompt_change_nothing(model):
@@ -141,9 +141,8 @@ def test_bytes_are_those_of_the_formula(grouped, dtype, n):
     model, settings = grouped.to(dtype), {"key_bits": 4, "value_bits": 3}
     cache = CompressedCache(model, **settings)
     read(model, ids(2, n), cache, chunk=100)
-    promised = CompressedCache.bytes_at(model.config, n, batch=2, dtype=dtype, **settings)
-    assert cache.nbytes == pytest.approx(promised, rel=0.02)
-    assert CompressedCache.bytes_per_token(model.config, **settings) == 3 * 2 * (8 + 2 + 6 + 2)
+    assert cache.nbytes == cache.bytes_at(n, batch=2, dtype=dtype)
+    assert cache.bytes_per_token() == 3 * 2 * (8 + 2 + 6 + 2)
 
 
 def test_an_attached_model_is_itself_without_the_cache(model):
@@ -192,10 +191,10 @@ def test_linear_layers_beside_ours_keep_their_own_state():
     )  # fmt: skip
     model, prompt = Qwen3NextForCausalLM(config).eval(), ids(2, 40)
     cache = CompressedCache(model, key_bits=8, value_bits=8, **SHORT)
-    plain = greedy(model, prompt, DynamicCache(config=config))
-    assert torch.equal(greedy(model, prompt, cache), plain)
+    plain = read(model, prompt, DynamicCache(config=config))
+    assert distance(read(model, prompt, cache), plain) < 0.01
     assert len(cache.compressed) == 1
-    ours = sum(x.nbytes for x in cache.compressed[0].tensors())
+    ours = sum(x.untyped_storage().nbytes() for x in cache.compressed[0].tensors())
     states = [*cache.layers[0].conv_states.values(), *cache.layers[0].recurrent_states.values()]
     assert cache.nbytes == ours + sum(x.untyped_storage().nbytes() for x in states)
 
@@ -210,7 +209,8 @@ TINY = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
         (LlamaConfig(**TINY), {"value_bits": 9}, "9 bits"),
         (LlamaConfig(**TINY), {"window": -1}, "window"),
         (LlamaConfig(**TINY), {"sinks": 1.5}, "sinks"),
-        (LlamaConfig(**TINY, head_dim=2), {}, "2 coordinates"),
+        (LlamaConfig(**TINY), {"window": 8}, "centre=False"),
+        (LlamaConfig(**TINY, head_dim=2), {}, "width 2"),
         (Gemma2Config(**TINY), {}, "soft cap"),
         (MistralConfig(**TINY, sliding_window=8), {}, "no layer of full attention"),
         ({"a": 1}, {}, "dict"),

@@ -1,21 +1,24 @@
 """What a layer keeps: the same however it came, exactly once, and as many bytes as promised."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
+from serve.forms import graded, plain
 
 from shoestring.errors import ConfigError, DataError, StackError
-from shoestring.ops.vector_code import VectorCode
-from shoestring.serve.layer import CompressedLayer
+from shoestring.serve.layer import CompressedLayer, split
 
-SETTINGS = {"key_bits": 4, "value_bits": 3, "window": 20, "sinks": 3, "centre": True}
 N = 330
 
 
-def make(**settings):
-    return CompressedLayer(partial(VectorCode, seed=1), **{**SETTINGS, **settings})
+def make(form=plain, **settings):
+    return CompressedLayer(form(**settings))
+
+
+def newest(layer):
+    """Exact keys of the window."""
+    return torch.cat([split(rows, 2)[0] for rows in layer.stores[0].segments()], dim=2)
 
 
 def feed(layer, keys, values, chunk=32, pads=None, first=0):
@@ -33,10 +36,9 @@ def feed(layer, keys, values, chunk=32, pads=None, first=0):
 
 def kept(layer):
     """All that a layer's answers depend on."""
-    parts = [part for _, keys, values in layer.coded.tiles() for part in (keys, values)]
-    codes = [x.clone() for part in parts for x in (part.packed, part.scale)]
-    exact = [layer.recent.keys.clone(), layer.recent.values.clone()]
-    return [*codes, *exact, layer.mean, layer.sink_keys, layer.sink_values]
+    tiers = [torch.cat([store.rows[:, :0], *store.segments()], dim=1) for store in layer.stores]
+    mean = [] if layer.found_mean is None else [layer.found_mean.clone()]
+    return [*tiers, *mean, layer.sinks.clone()]
 
 
 def same(one, other):
@@ -47,38 +49,62 @@ def tokens(rows=2, n=N, width=20):
     return torch.randn(2, rows, 2, n, width) + 0.7
 
 
-@pytest.mark.parametrize("window", [0, 20, 100])
-def test_what_is_kept_does_not_depend_on_how_many_came_at_a_time(window):
-    keys, values = tokens()
-    wanted = kept(feed(make(window=window), keys, values, chunk=N))
+FORMS = {
+    "no window": {"window": 0}, "window": {}, "long window": {"window": 100},
+    "graded": {"form": graded, "width": 24},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_kept_does_not_depend_on_how_many_came_at_a_time(form):
+    keys, values = tokens(width=FORMS[form].get("width", 20))
+    wanted = kept(feed(make(**FORMS[form]), keys, values, chunk=N))
     for chunk in (1, 7, 32):
-        assert same(kept(feed(make(window=window), keys, values, chunk)), wanted)
+        assert same(kept(feed(make(**FORMS[form]), keys, values, chunk)), wanted)
+
+
+def test_a_token_moves_on_from_tier_to_tier_and_is_cut_not_turned_again():
+    keys, values = tokens(width=24)
+    layer = feed(make(graded), keys, values, chunk=7)
+    first, second, third = (tier.code for tier in layer.form.tiers)
+    assert [len(store) for store in layer.stores] == [10, 30, N - 40]
+    x = torch.stack([keys, values], dim=1).double() - layer.form.turn.mean[:, :, None]
+    rows = first.encode(x @ layer.form.turn.forward.mT)
+    parts = layer.parts()
+    assert [part.first for part in parts] == sorted(part.first for part in parts)
+    for part in parts:
+        came = rows[:, part.first : part.first + part.rows.shape[1]]
+        for before, after in ((first, second), (second, third)):
+            if part.code is first or (part.code is second and after is third):
+                break
+            came = after.encode(before.decode(came, torch.float64))
+        skip = max(3 - part.first, 0)  # of sinks nobody reads the codes
+        assert torch.equal(part.rows[:, skip:], came[:, skip:])
 
 
 def test_codes_are_those_of_the_keys_less_the_mean_of_the_first():
     keys, values = tokens()
     layer = feed(make(window=100), keys, values)
-    mean = keys[:, :, 3:103].double().mean(2, keepdim=True)
-    assert (layer.mean - mean).abs().max() < 1e-6
-    _, found, _ = next(layer.coded.tiles())
-    wanted = VectorCode(20, 4, seed=1).encode(keys.double() - layer.mean.double())
-    assert torch.equal(found.packed[:, :, 3:230], wanted.packed[:, :, 3:230])
-    assert torch.equal(found.scale[:, :, 3:230], wanted.scale[:, :, 3:230])
-    assert torch.equal(layer.sink_keys, keys[:, :, :3])
-    assert torch.equal(layer.recent.keys, keys[:, :, -100:])
+    mean = keys[:, :, 3:103].double().mean(2)
+    assert (layer.found_mean - mean).abs().max() < 1e-6
+    x = torch.stack([keys, values], dim=1).double()
+    x[:, 0] -= layer.found_mean.double()[:, :, None]
+    wanted = layer.form.tiers[1].code.encode(x @ layer.form.turn.forward.mT)
+    found = layer.parts()[0].rows
+    assert found.shape[1] == N - 100
+    assert torch.equal(found[:, 3:], wanted[:, 3 : N - 100])
+    sinks, _ = split(layer.sinks, 2)
+    assert torch.equal(sinks, keys[:, :, :3])
+    assert torch.equal(newest(layer), keys[:, :, -100:])
 
 
 def test_nothing_that_is_coded_changes_in_500_steps():
     keys, values = tokens(n=100)
     layer = feed(make(), keys, values)
-    there = len(layer.coded)
-    _, first, _ = next(layer.coded.tiles())
-    before = first.packed.clone(), first.scale.clone(), layer.mean.clone()
+    before, mean = layer.parts()[0].rows.clone(), layer.found_mean.clone()
     feed(layer, *tokens(n=500), chunk=1)
-    _, first, _ = next(layer.coded.tiles())
-    assert torch.equal(first.packed[:, :, :there], before[0])
-    assert torch.equal(first.scale[:, :, :there], before[1])
-    assert torch.equal(layer.mean, before[2])
+    assert torch.equal(layer.parts()[0].rows[:, : before.shape[1]], before)
+    assert torch.equal(layer.found_mean, mean)
 
 
 @pytest.mark.parametrize("chunk", [7, 64, N])
@@ -88,12 +114,9 @@ def test_a_padded_row_is_kept_as_it_would_be_by_itself(chunk):
     both = feed(make(window=100), keys, values, chunk, pads)
     alone = feed(make(window=100), keys[1:, :, 90:], values[1:, :, 90:])
     assert both.starts == [0, 90]
-    assert torch.equal(both.mean[1:], alone.mean)
-    assert torch.equal(both.sink_keys[1:], alone.sink_keys)
-    _, one, _ = next(both.coded.tiles())
-    _, other, _ = next(alone.coded.tiles())
-    assert torch.equal(one.packed[1:, :, 90:], other.packed)
-    assert torch.equal(one.scale[1:, :, 90:], other.scale)
+    assert torch.equal(both.found_mean[1:], alone.found_mean)
+    assert torch.equal(both.sinks[1:], alone.sinks)
+    assert torch.equal(both.parts()[0].rows[1:, 90:], alone.parts()[0].rows)
 
 
 def test_a_last_token_that_sees_little_makes_no_padding_of_the_rest():
@@ -110,9 +133,7 @@ def test_a_last_token_that_sees_little_makes_no_padding_of_the_rest():
 def test_vectors_of_zeros_and_single_tokens_are_kept():
     keys, values = torch.zeros_like(tokens())
     layer = feed(make(), keys, values, chunk=1)
-    for _, *both in layer.coded.tiles():
-        for code, codes in zip(layer.coded.codes, both, strict=True):
-            assert not code.decode(codes).any()
+    assert not layer.form.tiers[1].code.decode(layer.parts()[0].rows).any()
     assert all(bool(x.isfinite().all()) for x in layer.tensors() if x.is_floating_point())
 
 
@@ -123,7 +144,7 @@ def test_what_a_crop_leaves_stays_as_it_is_and_what_comes_next_is_coded_as_ever(
     layer.crop(left - N)
     assert layer.get_seq_length() == left
     coded = min(left, N - 20)
-    assert (len(layer.coded), len(layer.recent)) == (coded, left - coded)
+    assert [len(store) for store in layer.stores] == [left - coded, coded]
     feed(layer, keys[:, :, left:], values[:, :, left:])
     assert same(kept(layer), kept(feed(make(), keys, values)))
 
@@ -186,21 +207,18 @@ def test_a_changed_copy_leaves_the_first_alone():
 def test_what_is_not_finite_is_an_error_and_changes_no_code(place):
     pair = tokens()
     layer = feed(make(), *pair)
-    bad = tokens(n=1)
+    before, bad = kept(layer), tokens(n=1)
     bad[place, 1, 0, 0, 3] = torch.nan
-    feed(layer, *bad)
-    there = len(layer.coded)
-    with pytest.raises(DataError, match="NaN"):
-        feed(layer, *tokens(n=25))
-    assert len(layer.coded) == there
+    with pytest.raises(DataError, match="NaN.*\n.*\n.*reset|NaN"):
+        feed(layer, *bad)
+    assert same(kept(layer), before)
+    assert same(kept(feed(layer, *pair)), kept(feed(feed(make(), *pair), *pair)))
 
 
-def test_norms_beyond_sixteen_bit_scales_need_other_scales():
+def test_vectors_too_long_for_a_scale_are_refused():
     keys, values = tokens()
-    with pytest.raises(ConfigError, match="bfloat16"):
+    with pytest.raises(DataError, match="65504"):
         feed(make(), keys * 1e5, values)
-    codes = partial(VectorCode, scale_dtype=torch.bfloat16)
-    assert len(feed(CompressedLayer(codes, **SETTINGS), keys * 1e5, values).coded) == N - 20
 
 
 def test_what_cannot_be_put_in_is_refused():

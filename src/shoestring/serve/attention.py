@@ -1,14 +1,14 @@
 """Attention over a compressed cache, for `transformers`' AttentionInterface.
 
-A query is rotated once. Its products with the keys are taken where the codes lie, and the weighted
-sum of values is rotated back once, so no key or value ever is:
+A query is turned once. Its products with the keys are taken where the codes lie, and the weighted
+sum of values is turned back once, so no key or value ever is (z = A (x - mu) is what is coded):
 
-    s_t = scale |k_t - mu| <R q, c_t>        out = R^T sum_t a_t |v_t| c'_t
+    s_t = <A^-T q, z_t> + <q, mu>        out = A'^-1 sum_t a_t z'_t + mu' sum_t a_t
 
 Codes are decoded a block of tokens at a time. Sinks, codes and exact tokens share one softmax, kept
-as a running maximum, mass and sum (Milakov and Gimelshein, arXiv 1805.02867), in float32. The mean
-key mu is taken from exact keys and sinks too. Newest tokens see each other exactly, however many
-come at a time; until something is coded it is torch's own attention on the tokens as they are.
+as a running maximum, mass and sum (Milakov and Gimelshein, arXiv 1805.02867), in float32. Newest
+tokens see each other exactly, however many come at a time; until something is coded it is torch's
+own attention on the tokens as they are.
 
 What comes without our cache (sliding layers, no cache) goes to torch's attention as well, so a
 model may stay attached.
@@ -23,12 +23,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import ConfigError, StackError
-from .layer import PAYLOAD, CompressedLayer
-from .store import BLOCK
+from . import coding
+from .layer import PAYLOAD, CompressedLayer, Part, split
 
 # B rows of the batch, H heads of keys, G heads of queries for each, m queries, n slots, t tokens
 
 NAME = "shoestring_compressed"
+BLOCK = 256
+"""Tokens that are decoded at a time."""
 
 
 def attention(
@@ -158,70 +160,94 @@ class _Softmax:
 def attend(query: Tensor, layer: CompressedLayer, mask: Tensor | None, scaling: float) -> Tensor:
     """query (B, G H, m, d) of the newest tokens, mask (B, heads or 1, m, n) boolean or added, None
     for a causal one -> (B, G H, m, d). The layer is not changed."""
-    coded, recent = layer.coded, layer.recent
-    assert coded is not None
-    assert recent is not None
+    assert layer.fresh is not None
+    keys, values = layer.fresh
     m, n = query.shape[2], layer.get_seq_length()
-    H, groups = recent.keys.shape[1], query.shape[1] // recent.keys.shape[1]
+    groups = query.shape[1] // layer.form.heads
     if mask is None and m > 1:
         mask = torch.ones(m, n, dtype=torch.bool, device=query.device).tril(n - m)[None, None]
-    if not len(coded):
+    parts = layer.parts()
+    coded = [part for part in parts if part.code is not None]
+    exact = [part for part in parts if part.code is None]
+    if not coded:
+        pairs = [split(part.rows, layer.form.heads) for part in exact] + [(keys, values)]
+        keys, values = (torch.cat(each, dim=2) for each in zip(*pairs, strict=True))
         return nn.functional.scaled_dot_product_attention(
-            query, recent.keys, recent.values, mask, scale=scaling, enable_gqa=groups > 1
+            query, keys, values, mask, scale=scaling, enable_gqa=groups > 1
         )
-    q = (query.float() * scaling).unflatten(1, (H, groups)).flatten(2, 3)
-    softmax = _Softmax(q, recent.values.shape[-1])
-    _add_codes(softmax, q, layer, mask, m)
-    softmax.total = coded.codes[1].rotate.inverse(softmax.total)
-    if layer.sinks:
-        _add_sinks(softmax, q, layer, mask, m)
-    for start in range(0, len(recent), BLOCK):
-        keys = _centred(recent.keys[:, :, start : start + BLOCK], layer)
-        values = recent.values[:, :, start : start + BLOCK]
-        first = len(coded) + start
-        part = None if mask is None else mask[..., first : first + keys.shape[2]]
-        softmax.add(_masked(q @ keys.mT, part, m), values.float())
+    q = (query.float() * scaling).unflatten(1, (layer.form.heads, groups)).flatten(2, 3)
+    softmax = _over_codes(q, layer, coded, mask, m)
+    _add_sinks(softmax, q, layer, mask, m)
+    for part in exact:
+        _add_exact(softmax, q, layer, part, mask, m)
+    shown = None if mask is None else mask[..., n - keys.shape[2] :]
+    softmax.add(_masked(q @ keys.float().mT, shown, m), values.float())
     out = softmax.result().unflatten(2, (groups, m)).flatten(1, 2)
     return out.to(query.dtype)
 
 
-def _add_codes(
-    softmax: _Softmax, q: Tensor, layer: CompressedLayer, mask: Tensor | None, m: int
+def _over_codes(
+    q: Tensor, layer: CompressedLayer, parts: list[Part], mask: Tensor | None, m: int
+) -> _Softmax:
+    """What the coded tokens give, turned back."""
+    _, inverse = layer.form.turn.to(q.device)
+    turned, mean = q @ inverse[0], layer.mean()
+    softmax = _Softmax(q, turned.shape[-1])
+    moved = None if mean is None else (q * mean[0].float().unsqueeze(2)).sum(-1, keepdim=True)
+    for part in parts:
+        assert part.code is not None
+        for at in range(0, part.rows.shape[1], BLOCK):
+            z = coding.decode(part.rows[:, at : at + BLOCK], part.code)
+            scores = turned @ z[:, 0].mT
+            scores = scores if moved is None else scores + moved
+            softmax.add(_shown(scores, layer, part.first + at, mask, m), z[:, 1])
+    softmax.total = softmax.total @ inverse[1].mT
+    if mean is not None:
+        softmax.total = softmax.total + softmax.mass * mean[1].float().unsqueeze(2)
+    return softmax
+
+
+def _add_exact(
+    softmax: _Softmax, q: Tensor, layer: CompressedLayer, part: Part, mask: Tensor | None, m: int
 ) -> None:
-    assert layer.coded is not None
-    key_code, value_code = layer.coded.codes
-    turned = key_code.rotate(q)
-    begin, end = layer.sinks and min(layer.starts), max(layer.starts) + layer.sinks
-    slots = layer.sink_slots()
-    for first, keys, values in layer.coded.tiles():
-        count = keys.scale.shape[2]
-        part = None if mask is None else mask[..., first : first + count]
-        scores = _masked(turned @ key_code.rotated(keys).mT, part, m)
-        if layer.sinks and first < end and begin < first + count:
-            places = torch.arange(first, first + count, device=q.device)
-            hidden = (places[None, :, None] == slots[:, None]).any(-1)
-            scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
-        softmax.add(scores, value_code.rotated(values))
+    for at in range(0, part.rows.shape[1], BLOCK):
+        keys, values = split(part.rows[:, at : at + BLOCK], layer.form.heads)
+        scores = q @ keys.float().mT
+        softmax.add(_shown(scores, layer, part.first + at, mask, m), values.float())
 
 
 def _add_sinks(
     softmax: _Softmax, q: Tensor, layer: CompressedLayer, mask: Tensor | None, m: int
 ) -> None:
-    assert layer.coded is not None
-    assert layer.sink_keys is not None
-    assert layer.sink_values is not None
-    slots, n = layer.sink_slots(), layer.get_seq_length()
-    scores = q @ _centred(layer.sink_keys, layer).mT
+    assert layer.sinks is not None
+    if not layer.form.sinks:
+        return
+    keys, values = split(layer.sinks, layer.form.heads)
+    starts = torch.tensor(layer.starts, device=q.device)
+    places = torch.arange(layer.form.sinks, device=q.device)
+    there = places < torch.tensor(layer.sinks_there(), device=q.device)[:, None]
+    scores = q @ keys.float().mT
     if mask is not None:
-        mask = mask.expand(len(slots), -1, -1, -1)
-        where = slots.clamp(max=n - 1)[:, None, None].expand(*mask.shape[:3], -1)
-        scores = _masked(scores, mask.gather(-1, where), m)
-    there = (slots < len(layer.coded))[:, None, None]  # the others are among the exact ones
-    softmax.add(scores.masked_fill(~there, -torch.inf), layer.sink_values.float())
+        mask = mask.expand(len(starts), -1, -1, -1)
+        slots = (starts[:, None] + places).clamp(max=mask.shape[-1] - 1)
+        scores = _masked(scores, mask.gather(-1, slots[:, None, None].expand(*mask.shape[:3], -1)), m)
+    softmax.add(scores.masked_fill(~there[:, None, None], -torch.inf), values.float())
 
 
-def _centred(keys: Tensor, layer: CompressedLayer) -> Tensor:
-    return keys.float() if layer.mean is None else keys.float() - layer.mean
+def _shown(
+    scores: Tensor, layer: CompressedLayer, first: int, mask: Tensor | None, m: int
+) -> Tensor:
+    """Scores (B, H, G m, t) of tokens in tiers, from slot `first` on, without those of padding, of
+    sinks, which are attended to apart, and of what the mask hides."""
+    stop = first + scores.shape[-1]
+    if mask is not None:
+        scores = _masked(scores, mask[..., first:stop], m)
+    begins = [start + layer.form.sinks for start in layer.starts]
+    if max(begins) > first:
+        slots = torch.arange(first, stop, device=scores.device)
+        hidden = slots < torch.tensor(begins, device=scores.device)[:, None]
+        scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
+    return scores
 
 
 def _masked(scores: Tensor, mask: Tensor | None, m: int) -> Tensor:
@@ -243,28 +269,24 @@ def attended_ref(
     query: Tensor, layer: CompressedLayer, mask: Tensor | None, scaling: float
 ) -> Tensor:
     """Twin of `attend`: everything decoded, one softmax over it, row by row in float64."""
-    assert layer.coded is not None
-    assert layer.recent is not None
-    assert layer.sink_keys is not None
-    assert layer.sink_values is not None
+    assert layer.fresh is not None
     (B, heads, m, _), n = query.shape, layer.get_seq_length()
-    keys, values = layer.recent.keys.double(), layer.recent.values.double()
-    if layer.mean is not None:
-        keys = keys - layer.mean
-    tiles = [
-        (layer.coded.codes[0].decode(k), layer.coded.codes[1].decode(v))
-        for _, k, v in layer.coded.tiles()
-    ]
-    keys = torch.cat([*(k.double() for k, _ in tiles), keys], dim=2)
-    values = torch.cat([*(v.double() for _, v in tiles), values], dim=2)
-    for row, start in enumerate(layer.starts):
-        for index in range(layer.sinks):
-            if start + index < len(layer.coded):
-                sink = layer.sink_keys[row, :, index].double()
-                keys[row, :, start + index] = (
-                    sink if layer.mean is None else sink - layer.mean[row, :, 0]
-                )
-                values[row, :, start + index] = layer.sink_values[row, :, index].double()
+    pairs, mean = [], layer.mean()
+    for part in layer.parts():
+        if part.code is None:
+            pairs.append([x.double() for x in split(part.rows, layer.form.heads)])
+            continue
+        z = part.code.decode(part.rows, torch.float64).transpose(0, 1)  # (2, B, H, n, D)
+        x = z @ layer.form.turn.inverse[:, None].mT
+        pairs.append(list(x if mean is None else x + mean.unsqueeze(3)))
+    pairs.append([x.double() for x in layer.fresh])
+    keys, values = (torch.cat(each, dim=2) for each in zip(*pairs, strict=True))
+    assert layer.sinks is not None
+    sink_keys, sink_values = split(layer.sinks, layer.form.heads)
+    for row, there in enumerate(layer.sinks_there()):
+        at = layer.starts[row]
+        keys[row, :, at : at + there] = sink_keys[row, :, :there].double()
+        values[row, :, at : at + there] = sink_values[row, :, :there].double()
     if mask is None:
         mask = torch.ones(m, n, dtype=torch.bool).tril(n - m)[None, None]
     mask = mask.expand(B, heads, m, n)

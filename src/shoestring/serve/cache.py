@@ -7,7 +7,7 @@ transformers' own. Given a model, the cache makes the model's attention ours; gi
 `cache.attach(model)` does.
 """
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,19 +21,32 @@ from transformers.cache_utils import (
 )
 
 from ..errors import ConfigError
-from ..ops.vector_code import VectorCode
+from ..ops.row_code import RowCode
+from ..units import format_bytes, parse_bytes
 from .attention import Attached, attach, check_config, check_model
+from .form import LayerForm, Tier, Turn, layer_bytes
 from .layer import CompressedLayer, check_crop
-from .store import BLOCK, SLACK
+
+LEAST_MEAN = 16
+"""Keys that a mean is worth being taken of."""
+LEAST_WIDTH = 3
+"""Numbers that a rotation makes alike."""
 
 
 class CompressedCache(Cache):
     """config_or_model: of transformers.
 
+    Either bits, which need no calibration:
     key_bits, value_bits: 1 to 8 for each number; keys need more than values in most models.
-    window: newest tokens that stay exact; sinks: first tokens that do.
+    window: newest tokens that stay exact.
     centre: take a mean key of each head from all keys alike, which no softmax sees.
-    seed: of the random rotation; scale_dtype: of the scale that each vector has.
+    seed: of the random rotation.
+
+    Or a budget (`budget`): "4700B" a token, or "3.25bits" a number, in the mean over a context of
+    `context` tokens, everything counted. It is met by bits that differ with age, layer, head and
+    direction as `calibration` (of this model) says they matter.
+
+    sinks: first tokens that stay exact.
 
     ConfigError, before anything is allocated, for settings or a model that cannot be.
     """
@@ -48,27 +61,24 @@ class CompressedCache(Cache):
         sinks: int = 4,
         centre: bool = True,
         seed: int = 0,
-        scale_dtype: torch.dtype = torch.float16,
     ) -> None:
         model = config_or_model if isinstance(config_or_model, nn.Module) else None
         if model is not None:
             check_model(model)
         config = text_config(config_or_model)
-        for name, count in (("window", window), ("sinks", sinks)):
-            if not isinstance(count, int) or count < 0:
-                raise ConfigError(f"{name} = {count!r}", expected="a count of tokens, 0 or more")
-        codes = partial(_code, seed=seed, scale_dtype=scale_dtype)
-        for _, key_width, value_width in shapes(config):
-            codes(key_width, key_bits), codes(value_width, value_bits)
+        self.forms = plain_forms(
+            config, key_bits=key_bits, value_bits=value_bits, window=window, sinks=sinks,
+            centre=centre, seed=seed,
+        )  # fmt: skip
+        forms = iter(self.forms)
         super().__init__(
             layers=[
-                CompressedLayer(
-                    codes, key_bits=key_bits, value_bits=value_bits, window=window, sinks=sinks,
-                    centre=centre,
-                ) if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
+                CompressedLayer(next(forms))
+                if kind == "full_attention"
+                else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
                 for kind, kwargs in zip(*get_layer_types_and_kwargs(config), strict=True)
             ]
-        )  # fmt: skip
+        )
         if model is not None:
             attach(model)
 
@@ -105,41 +115,34 @@ class CompressedCache(Cache):
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in found}
         return sum(storage.nbytes() for storage in storages.values())
 
-    @staticmethod
-    def bytes_per_token(
-        config: PreTrainedConfig, *, key_bits: int = 4, value_bits: int = 4
-    ) -> int:  # fmt: skip
-        """Bytes that one more token of one row takes in layers of full attention, once it is
-        coded: codes and scales."""
-        total = 0
-        for heads, key_width, value_width in shapes(text_config(config)):
-            key, value = _code(key_width, key_bits), _code(value_width, value_bits)
-            total += heads * (key.vector_bytes + value.vector_bytes)
-        return total
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token of one row takes in layers of full attention, once it is in
+        the last tier: codes and scales."""
+        return sum(form.tiers[-1].code.row_bytes for form in self.forms if form.tiers[-1].code)
 
-    @classmethod
     def bytes_at(
-        cls,
-        config: PreTrainedConfig,
-        tokens: int,
-        *,
-        batch: int = 1,
-        key_bits: int = 4,
-        value_bits: int = 4,
-        window: int = 128,
-        sinks: int = 4,
-        centre: bool = True,
-        dtype: torch.dtype = torch.float32,
-    ) -> int:
-        """Bytes of the layers of full attention with that many tokens in each row: whole blocks of
-        codes, the window's buffers, sinks and means."""
-        blocks = -(-max(tokens - window, 0) // BLOCK) if tokens else 0
-        per_token = cls.bytes_per_token(config, key_bits=key_bits, value_bits=value_bits)
-        total = blocks * BLOCK * per_token
-        for heads, key_width, value_width in shapes(text_config(config)):
-            exact = (window + SLACK + sinks) * (key_width + value_width) * dtype.itemsize
-            total += heads * (exact + 4 * key_width * centre)
-        return batch * total
+        self, tokens: int, *, batch: int = 1, dtype: torch.dtype = torch.float32
+    ) -> int:  # fmt: skip
+        """Bytes of the layers of full attention with that many tokens in each row: codes, with the
+        room they have to grow, exact tokens, sinks and means."""
+        return sum(layer_bytes(form, tokens, batch, dtype) for form in self.forms)
+
+    def longest_context(self, budget: int | str, *, dtype: torch.dtype = torch.float32) -> int:
+        """The most tokens of one row whose context takes at most that many bytes ("2GB").
+        ConfigError where not even one does."""
+        room, few, many = parse_bytes(budget), 1, 2
+        if self.bytes_at(1, dtype=dtype) > room:
+            raise ConfigError(
+                f"a context in {budget}",
+                expected=f"{format_bytes(self.bytes_at(1, dtype=dtype))} or more",
+            )
+        while self.bytes_at(many, dtype=dtype) <= room:
+            few, many = many, 2 * many
+        while many - few > 1:
+            middle = (few + many) // 2
+            fits = self.bytes_at(middle, dtype=dtype) <= room
+            few, many = (middle, many) if fits else (few, middle)
+        return few
 
 
 def text_config(config_or_model: PreTrainedConfig | nn.Module) -> PreTrainedConfig:
@@ -173,23 +176,57 @@ def text_config(config_or_model: PreTrainedConfig | nn.Module) -> PreTrainedConf
     return config
 
 
-def shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
-    """Heads of keys, width of a key, width of a value, for each layer of full attention."""
+def shapes(config: PreTrainedConfig) -> list[tuple[int, int]]:
+    """Heads of keys, and their width, for each layer of full attention."""
     kinds, _ = get_layer_types_and_kwargs(config)
     found = []
     for kind, each in zip(kinds, config.per_layer_config, strict=True):
         if kind == "full_attention":
             heads = getattr(each, "num_key_value_heads", None) or each.num_attention_heads
             width = getattr(each, "head_dim", None) or each.hidden_size // each.num_attention_heads
-            found.append((heads, width, width))
+            found.append((heads, width))
+    return found
+
+
+def plain_forms(
+    config: PreTrainedConfig,
+    *,
+    key_bits: int,
+    value_bits: int,
+    window: int,
+    sinks: int,
+    centre: bool,
+    seed: int,
+) -> list[LayerForm]:
+    """For each layer of full attention: an exact window, and the same bits for all that is older."""
+    for name, count in (("window", window), ("sinks", sinks)):
+        check_count(name, count)
+    if centre and window < LEAST_MEAN:
+        raise ConfigError(
+            f"window = {window} with centre=True",
+            expected=f"{LEAST_MEAN} or more: the mean is of as many keys as the window holds",
+            hint="Take a longer window, or centre=False.",
+        )
+    found = []
+    for heads, width in shapes(config):
+        if width < LEAST_WIDTH:
+            raise ConfigError(f"heads of width {width}", expected=f"{LEAST_WIDTH} or more")
+        code = RowCode.uniform(heads, width, key_bits, value_bits)
+        tiers = ([Tier(window, None)] if window else []) + [Tier(None, code)]
+        turn = _random_turn(heads, width, seed)
+        found.append(LayerForm(heads, width, turn, tuple(tiers), sinks, centre))
     return found
 
 
 @cache
-def _code(
-    width: int, bits: int, seed: int = 0, scale_dtype: torch.dtype = torch.float16
-) -> VectorCode:  # fmt: skip
-    return VectorCode(width, bits, seed=seed, scale_dtype=scale_dtype)
+def _random_turn(heads: int, width: int, seed: int) -> Turn:
+    return Turn.random(heads, width, seed)
+
+
+def check_count(name: str, count: object) -> None:
+    """ConfigError for what is no count of tokens."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ConfigError(f"{name} = {count!r}", expected="a count of tokens, 0 or more")
 
 
 def _tensors(layer: CacheLayerMixin) -> list[Tensor]:

@@ -1,11 +1,14 @@
 """One attention layer's compressed cache.
 
-A token is exact while it is among the newest `window`, and coded once when it leaves them; what is
-coded is never coded again. The first `sinks` tokens of each row stay exact beside their codes,
-since many heads attend to them. From all keys alike, exact or coded, a mean key of each head is
-taken: that adds the same to every score, which a softmax does not see, and leaves the code less to
-describe. The mean is of the first keys after the sinks and is frozen when the first of them is
-coded; which keys those are does not depend on how many tokens came at a time.
+Newest tokens are exact while their attention is taken. Then they enter the first tier of the form
+(`form`) and move on through the others, one place for every token that comes, so that codes do not
+depend on how many tokens came at a time. The first `sinks` tokens of each row stay exact beside
+their codes, since many heads attend to them.
+
+Where the form says so, a mean key of each head is taken from all keys alike: that adds the same to
+every score, which a softmax does not see, and leaves the code less to describe. It is the mean of
+the first keys after the sinks, as many as the exact tier holds, and is frozen when the first of them
+is coded.
 
 Rows of a batch may begin with padding. Slots count from the batch's start, and are the same for all
 rows; where a row starts is read from the mask (`attended`), and its sinks and mean are counted from
@@ -13,6 +16,7 @@ there, so that it is treated as it would be by itself.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,65 +24,65 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import ConfigError, DataError, StackError
-from ..ops.vector_code import VectorCode
-from .store import Coded, Recent
+from ..ops.row_code import RowCode
+from . import coding
+from .form import LayerForm
+from .store import Pile, Ring
 
-# B rows of the batch, H heads of keys and values, S sinks, t tokens, d width of a head
+# B batch, H heads of keys and values, S sinks, t tokens, d width of a head
 
 PAYLOAD = "_shoestring_layer"
 """The attribute under which the keys that go to attention carry the layer."""
-MEAN_OF = 64
-"""Keys that the mean is of, or as many as the window holds if that is more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens of one form, one after another. rows: (B, n, r), a view; code: None where they are
+    exact (then r is keys, then values, of all heads); first: the slot of the first."""
+
+    rows: Tensor
+    code: RowCode | None
+    first: int
 
 
 class CompressedLayer(CacheLayerMixin):
-    """key_bits, value_bits: of a coordinate; window, sinks: tokens; see the module."""
+    """form: see there; nothing is allocated before the first tokens."""
 
     is_sliding = False
     is_croppable = True  # while it records the past, as for transformers' sliding layers
     is_compileable = False
 
-    def __init__(
-        self,
-        codes: Callable[[int, int], VectorCode],
-        *,
-        key_bits: int,
-        value_bits: int,
-        window: int,
-        sinks: int,
-        centre: bool,
-    ) -> None:
+    def __init__(self, form: LayerForm) -> None:
         super().__init__()
-        self.make_code = codes
-        self.key_bits, self.value_bits = key_bits, value_bits
-        self.window, self.sinks, self.centre = window, sinks, centre
+        self.form = form
         self.record_past = False
         self._forget()
 
     def _forget(self) -> None:
         self.is_initialized, self.pending = False, False
-        self.recent: Recent | None = None
-        self.coded: Coded | None = None
-        self.mean: Tensor | None = None
-        self.sink_keys: Tensor | None = None
-        self.sink_values: Tensor | None = None
+        self.fresh: tuple[Tensor, Tensor] | None = None
+        self.stores: list[Ring | Pile] = []
+        self.sinks: Tensor | None = None
+        self.found_mean: Tensor | None = None
         self.starts: list[int] = []
         self.frozen: list[bool] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Buffers for tensors like these (B, H, t, d)."""
-        B, H, _, d = key_states.shape
+        form, batch = self.form, key_states.shape[0]
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.coded = Coded(
-            self.make_code(d, self.key_bits),
-            self.make_code(value_states.shape[-1], self.value_bits),
-        )
-        self.recent = Recent(key_states, value_states, self.window)
-        if self.centre:
-            self.mean = torch.zeros(B, H, 1, d, device=self.device)
-        self.sink_keys = key_states.new_zeros(B, H, self.sinks, d)
-        self.sink_values = value_states.new_zeros(B, H, self.sinks, value_states.shape[-1])
-        self.starts, self.frozen = [0] * B, [False] * B
+        numbers = 2 * form.heads * form.width
+        bytes_like = torch.empty(batch, dtype=torch.uint8, device=self.device)
+        for tier in form.tiers:
+            like = key_states if tier.code is None else bytes_like
+            length = numbers if tier.code is None else tier.code.row_bytes
+            self.stores.append(
+                Pile(like, length) if tier.room is None else Ring(like, tier.room, length)
+            )
+        self.sinks = key_states.new_zeros(batch, form.sinks, numbers)
+        if form.centre:
+            self.found_mean = torch.zeros(batch, form.heads, form.width, device=self.device)
+        self.starts, self.frozen = [0] * batch, [not form.centre] * batch
         self.is_initialized = True
 
     # ---- what a model calls ------------------------------------------------------------------
@@ -88,15 +92,14 @@ class CompressedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """(B, H, t, d) each -> the same, the keys carrying this layer to the attention function.
 
-        ConfigError for another batch, dtype or device than before; StackError with gradients on,
-        and where the attention function of the model is not ours.
+        ConfigError for another batch, shape, dtype or device than before; StackError with gradients
+        on, and where the attention function of the model is not ours.
         """
         self._check(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.recent is not None
-        self._code_what_left()  # held back for a crop that did not come
-        self.recent.append(key_states, value_states)
+        self._settle()  # held back for a crop that did not come
+        self.fresh = key_states, value_states
         self.pending = True
         keys = key_states.view_as(key_states)
         setattr(keys, PAYLOAD, self)
@@ -104,18 +107,23 @@ class CompressedLayer(CacheLayerMixin):
 
     def attended(self, mask: Tensor | None) -> None:
         """The attention of the newest tokens is done; mask (B or 1, heads or 1, t, slots) or None.
-        What leaves the window is coded, unless a crop is to come first."""
+        They enter the first tier, unless a crop is to come first.
+
+        DataError for NaN and infinity in them; then they are not kept."""
         self.pending = False
-        if mask is not None and not all(self.frozen):
+        if mask is not None and max(self.starts) >= self.settled:
             self._find_starts(mask)
         if not self.record_past:
-            self._code_what_left()
+            self._settle()
+
+    @property
+    def settled(self) -> int:
+        """Tokens that are in a tier."""
+        return sum(map(len, self.stores))
 
     def get_seq_length(self) -> int:
         """Tokens that were given and not cropped."""
-        if self.coded is None or self.recent is None:
-            return 0
-        return len(self.coded) + len(self.recent)
+        return self.settled + (0 if self.fresh is None else self.fresh[0].shape[2])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(slots with the tokens to come, the first slot)."""
@@ -130,8 +138,8 @@ class CompressedLayer(CacheLayerMixin):
         self._forget()
 
     def activate_past_recording(self) -> None:
-        """From now on tokens are coded only once `crop` (or another update) has come, so that what
-        is cropped at once leaves no trace."""
+        """From now on tokens stay out of the tiers until `crop` (or another update) has come, so
+        that what is cropped at once leaves no trace."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -139,15 +147,21 @@ class CompressedLayer(CacheLayerMixin):
         ConfigError for a positive count, and for more than there are."""
         length = self.get_seq_length()
         check_crop(tokens_to_remove, length)
-        if self.coded is None or self.recent is None:
+        if not self.is_initialized:
             return
-        left = length + tokens_to_remove
-        if left == 0:
+        if tokens_to_remove == -length:
             return self._forget()  # what comes next may be padded otherwise
-        self.recent.drop_newest(min(-tokens_to_remove, len(self.recent)))
-        if left < len(self.coded):
-            self.coded.crop(left)
-        self._code_what_left()
+        left = -tokens_to_remove
+        if self.fresh is not None:
+            keys, values = self.fresh
+            kept = max(keys.shape[2] - left, 0)
+            left -= keys.shape[2] - kept
+            self.fresh = (keys[:, :, :kept], values[:, :, :kept]) if kept else None
+        for store in self.stores:
+            gone = min(left, len(store))
+            store.drop_newest(gone)
+            left -= gone
+        self._settle()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the batch, by their indices; one may come several times."""
@@ -170,17 +184,31 @@ class CompressedLayer(CacheLayerMixin):
 
     # ---- what attention reads ----------------------------------------------------------------
 
-    def sink_slots(self) -> Tensor:
-        """(B, S) int64: where the sinks of each row are; those below len(coded) are kept here."""
-        starts = torch.tensor(self.starts, device=self.device)
-        return starts[:, None] + torch.arange(self.sinks, device=self.device)
+    def parts(self) -> list[Part]:
+        """What is in the tiers, the oldest tokens first."""
+        found, first = [], 0
+        for store, tier in zip(self.stores[::-1], self.form.tiers[::-1], strict=True):
+            for rows in store.segments():
+                found.append(Part(rows, tier.code, first))
+                first += rows.shape[1]
+        return found
+
+    def mean(self) -> Tensor | None:
+        """(2, B or 1, H, d) float64, of keys and of values, or None."""
+        if self.found_mean is not None:
+            return torch.stack([self.found_mean, torch.zeros_like(self.found_mean)]).double()
+        mean = self.form.turn.mean
+        return None if mean is None else mean[:, None].to(self.device)
+
+    def sinks_there(self) -> list[int]:
+        """How many of each row's sinks are kept; the others, if any, are among the fresh."""
+        there = self.settled
+        return [min(max(there - start, 0), self.form.sinks) for start in self.starts]
 
     def tensors(self) -> list[Tensor]:
         """All that the layer owns."""
-        found = [self.mean, self.sink_keys, self.sink_values]
-        if self.recent is not None and self.coded is not None:
-            found += [*self.recent.buffers, *self.coded.tensors()]
-        return [x for x in found if x is not None]
+        found = [self.found_mean, self.sinks, *(self.fresh or ())]
+        return [x for x in found if x is not None] + [store.rows for store in self.stores]
 
     # ---- inside ------------------------------------------------------------------------------
 
@@ -198,17 +226,23 @@ class CompressedLayer(CacheLayerMixin):
                 expected="inference",
                 hint="Run the model under torch.no_grad().",
             )
+        form, there = self.form, (keys.shape[1], keys.shape[3])
+        if there != (form.heads, form.width):
+            raise ConfigError(
+                f"keys of {there[0]} heads of width {there[1]}",
+                expected=f"{form.heads} heads of width {form.width}, as the config has it",
+            )
         if not self.is_initialized:
             return
-        for name, given, there in (
+        for name, given, known in (
             ("on", keys.device, self.device),
             ("of", keys.dtype, self.dtype),
             ("of rows", keys.shape[0], len(self.starts)),
         ):
-            if given != there:
+            if given != known:
                 raise ConfigError(
                     f"keys {name} {given}",
-                    expected=f"what the cache holds, {there}",
+                    expected=f"what the cache holds, {known}",
                     hint="Take a new cache, or reset this one.",
                 )
 
@@ -220,79 +254,109 @@ class CompressedLayer(CacheLayerMixin):
         # A row without a token so far starts after all that is there.
         first = torch.where(seen.any(-1), seen.int().argmax(-1), seen.shape[-1])
         found = first.expand(len(self.starts)).tolist()
-        pairs = zip(self.starts, found, self.frozen, strict=True)
-        self.starts = [old if frozen else new for old, new, frozen in pairs]
+        there = self.settled
+        # Where a row has begun it has begun, whatever later queries see.
+        self.starts = [
+            old if there > old else new for old, new in zip(self.starts, found, strict=True)
+        ]
 
-    def _code_what_left(self) -> None:
-        """Codes all but the window, as far as the means allow."""
-        if self.coded is None or self.recent is None:
+    def _settle(self) -> None:
+        """Fresh tokens enter the first tier, and those that have to make room move on."""
+        if self.fresh is None:
             return
-        length, there = self.get_seq_length(), len(self.coded)
-        stop, count = length - self.window, max(self.window, MEAN_OF)
-        firsts = [start + self.sinks for start in self.starts]
-        waiting = [row for row, frozen in enumerate(self.frozen) if not frozen]
-        if self.centre:
-            stop = min([stop] + [firsts[r] for r in waiting if firsts[r] + count > length])
-        if stop <= there:
-            return
-        ready = [row for row in waiting if firsts[row] < stop]
-        mean = self.mean
-        if mean is not None and ready:
-            mean = mean.clone()
-            for row in ready:
-                at = firsts[row] - there
-                mean[row, :, 0] = self.recent.keys[row, :, at : at + count].double().mean(1)
-        self._code(stop - there, mean)
-        self.mean = mean
-        for row in ready:
-            self.frozen[row] = True
+        (keys, values), self.fresh = self.fresh, None
+        if not bool(torch.isfinite(keys.sum() + values.sum())):
+            self._check_finite(keys, values)
+        there = self.settled
+        self._keep_sinks(keys, values, there)
+        stores = list(zip(self.stores, self.form.tiers, strict=True))
+        if self.form.tiers[0].code is None:
+            ring = self.stores[0]
+            assert isinstance(ring, Ring)
+            stores.pop(0)
+            first = there - len(ring)
+            gone = ring.push(torch.cat([x.transpose(1, 2).flatten(2) for x in (keys, values)], -1))
+            if not gone.shape[1]:
+                return
+            if not all(self.frozen):
+                self._freeze_means(gone, first)
+            keys, values = split(gone, self.form.heads)
+            there = first
+        keys, values = self._unread_as_mean(keys, values, there)
+        code = stores[0][1].code
+        assert code is not None
+        rows = coding.encode(keys, values, self.form.turn, self.mean(), code)
+        for (store, tier), (_, after) in zip(stores, [*stores[1:], (None, None)], strict=True):
+            rows = store.push(rows)
+            if after is None or not rows.shape[1]:
+                break
+            assert tier.code is not None
+            assert after.code is not None
+            rows = coding.recode(rows, tier.code, after.code)
 
-    def _code(self, count: int, mean: Tensor | None) -> None:
-        assert self.coded is not None
-        assert self.recent is not None
-        assert self.sink_keys is not None
-        assert self.sink_values is not None
-        there, keys, values = len(self.coded), self.recent.keys, self.recent.values
-        try:
-            self.coded.append(*self._counting(count, mean), mean)
-        except DataError as error:
-            raise DataError(
-                f"keys or values of tokens {there} to {there + count - 1} hold NaN or infinity",
-                expected="finite numbers",
-                hint="The cache holds them uncoded; find where the model makes them.",
-            ) from error
+    def _check_finite(self, keys: Tensor, values: Tensor) -> None:
+        """DataError where one is not."""
+        for name, x in (("keys", keys), ("values", values)):
+            if not bool(torch.isfinite(x).all()):
+                there = self.settled
+                raise DataError(
+                    f"{name} of tokens {there} to {there + x.shape[2] - 1} hold NaN or infinity",
+                    expected="finite numbers",
+                    hint="This layer has not kept them. Find where the model makes them; then "
+                    "cache.reset().",
+                )
+
+    def _keep_sinks(self, keys: Tensor, values: Tensor, there: int) -> None:
+        assert self.sinks is not None
         for row, start in enumerate(self.starts):
-            for index in range(self.sinks):
-                if 0 <= (at := start + index - there) < count:
-                    self.sink_keys[row, :, index] = keys[row, :, at]
-                    self.sink_values[row, :, index] = values[row, :, at]
-        self.recent.drop_oldest(count)
+            for index in range(max(there - start, 0), self.form.sinks):
+                if (at := start + index - there) < keys.shape[2]:
+                    both = torch.stack([keys[row, :, at], values[row, :, at]])
+                    self.sinks[row, index] = both.flatten()
 
-    def _counting(self, count: int, mean: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys and values to code. Padding and sinks, whose codes nobody reads, come out as zeros,
-        so that codes do not depend on what was known of the mean when they left."""
-        assert self.coded is not None
-        assert self.recent is not None
-        keys, values = self.recent.keys[:, :, :count], self.recent.values[:, :, :count]
-        unread = [start + self.sinks - len(self.coded) for start in self.starts]
-        if max(unread) > 0:
-            keys, values = keys.clone(), values.clone()
+    def _freeze_means(self, gone: Tensor, first: int) -> None:
+        """gone: (B, p, r), exact rows from slot `first` on that are to be coded now."""
+        assert self.found_mean is not None
+        ring = self.stores[0]
+        after = torch.cat([gone, *ring.segments()], dim=1)
+        for row, start in enumerate(self.starts):
+            begin = start + self.form.sinks
+            if not self.frozen[row] and begin < first + gone.shape[1]:
+                at = max(begin - first, 0)
+                keys, _ = split(after[row : row + 1, at : at + self.form.window], self.form.heads)
+                self.found_mean[row] = keys[0].double().mean(1)
+                self.frozen[row] = True
+
+    def _unread_as_mean(self, keys: Tensor, values: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Padding and sinks, whose codes nobody reads, come out as codes of the mean, so that rows
+        are the same whatever was known when they were coded."""
+        unread = [start + self.form.sinks - first for start in self.starts]
+        if max(unread) <= 0:
+            return keys, values
+        mean = self.mean()
+        both = [torch.empty_like(x, dtype=torch.float32).copy_(x) for x in (keys, values)]
+        for side, x in enumerate(both):
             for row, many in enumerate(unread):
-                keys[row, :, : max(many, 0)] = 0 if mean is None else mean[row]
-                values[row, :, : max(many, 0)] = 0
-        return keys, values
+                there = 0 if mean is None else mean[side, min(row, mean.shape[1] - 1), :, None]
+                x[row, :, : max(many, 0)] = there
+        return both[0], both[1]
 
     def _change_rows(self, change: Callable[[Tensor], Tensor], rows: list[int]) -> None:
-        assert self.coded is not None
-        assert self.recent is not None
-        assert self.sink_keys is not None
-        assert self.sink_values is not None
-        self.recent.change_rows(change)
-        self.coded.change_rows(change)
-        self.mean = None if self.mean is None else change(self.mean)
-        self.sink_keys, self.sink_values = change(self.sink_keys), change(self.sink_values)
+        assert self.sinks is not None
+        for store in self.stores:
+            store.change_rows(change)
+        self.sinks = change(self.sinks)
+        self.found_mean = None if self.found_mean is None else change(self.found_mean)
+        if self.fresh is not None:
+            self.fresh = change(self.fresh[0]), change(self.fresh[1])
         self.starts = [self.starts[row] for row in rows]
         self.frozen = [self.frozen[row] for row in rows]
+
+
+def split(rows: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Exact rows (B, n, r) -> keys and values (B, H, n, d), views."""
+    both = rows.unflatten(-1, (2, heads, -1))
+    return both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2)
 
 
 def check_crop(count: int, length: int) -> None:
