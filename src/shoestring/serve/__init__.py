@@ -7,5 +7,6 @@ model.generate(**inputs, past_key_values=CompressedCache(model))
 
 from .attention import NAME, attach
 from .cache import CompressedCache
+from .calibration import Calibration, calibrate
 
-__all__ = ["NAME", "CompressedCache", "attach"]
+__all__ = ["NAME", "Calibration", "CompressedCache", "attach", "calibrate"]

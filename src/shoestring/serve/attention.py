@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import ConfigError, StackError
 from . import coding
+from .config import PLAIN
 from .layer import PAYLOAD, CompressedLayer, Part, split
 
 # B rows of the batch, H heads of keys, G heads of queries for each, m queries, n slots, t tokens
@@ -48,7 +49,7 @@ def attention(
     layer = getattr(key, PAYLOAD, None)
     for name, what in _NOT_COMPUTED.items():
         if kwargs.get(name) is not None:
-            raise ConfigError(f"{type(module).__name__} uses {what}", expected=_PLAIN)
+            raise ConfigError(f"{type(module).__name__} uses {what}", expected=PLAIN)
     if layer is None:
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -66,7 +67,6 @@ _NOT_COMPUTED = {
     "softcap": "a soft cap on scores", "s_aux": "attention sinks that are parameters",
     "position_bias": "a bias on scores",
 }  # fmt: skip
-_PLAIN = "plain scaled dot products, for a compressed cache"
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -115,16 +115,7 @@ def check_model(model: nn.Module) -> None:
         )
     for name, module in model.named_modules():
         if isinstance(getattr(module, "sinks", None), nn.Parameter):
-            raise ConfigError(f"{name} has {_NOT_COMPUTED['s_aux']}", expected=_PLAIN)
-
-
-def check_config(config: Any) -> None:
-    """ConfigError for a text config whose scores are capped."""
-    cap = getattr(config, "attn_logit_softcapping", None)
-    if cap is not None:
-        raise ConfigError(
-            f"attn_logit_softcapping = {cap}: {_NOT_COMPUTED['softcap']}", expected=_PLAIN
-        )
+            raise ConfigError(f"{name} has {_NOT_COMPUTED['s_aux']}", expected=PLAIN)
 
 
 def _implementation(model: Any) -> str:

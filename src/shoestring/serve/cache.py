@@ -7,7 +7,6 @@ transformers' own. Given a model, the cache makes the model's attention ours; gi
 `cache.attach(model)` does.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,16 +20,13 @@ from transformers.cache_utils import (
 )
 
 from ..errors import ConfigError
-from ..ops.row_code import RowCode
 from ..units import format_bytes, parse_bytes
-from .attention import Attached, attach, check_config, check_model
-from .form import LayerForm, Tier, Turn, layer_bytes
+from .attention import Attached, attach, check_model
+from .calibration import Calibration
+from .choose import budget_forms, plain_forms
+from .config import text_config
+from .form import layer_bytes
 from .layer import CompressedLayer, check_crop
-
-LEAST_MEAN = 16
-"""Keys that a mean is worth being taken of."""
-LEAST_WIDTH = 3
-"""Numbers that a rotation makes alike."""
 
 
 class CompressedCache(Cache):
@@ -61,15 +57,31 @@ class CompressedCache(Cache):
         sinks: int = 4,
         centre: bool = True,
         seed: int = 0,
+        budget: str | float | None = None,
+        context: int = 2048,
+        calibration: Calibration | None = None,
     ) -> None:
         model = config_or_model if isinstance(config_or_model, nn.Module) else None
         if model is not None:
             check_model(model)
         config = text_config(config_or_model)
-        self.forms = plain_forms(
-            config, key_bits=key_bits, value_bits=value_bits, window=window, sinks=sinks,
-            centre=centre, seed=seed,
-        )  # fmt: skip
+        if budget is None and calibration is not None:
+            raise ConfigError(
+                "a calibration without a budget", expected='a budget too, such as "3.25bits"'
+            )
+        if budget is not None:
+            if calibration is not None:
+                calibration.check(config_or_model)
+            dtype = getattr(model, "dtype", None) or config.dtype or torch.float32
+            self.forms = budget_forms(
+                config, budget, context=context, calibration=calibration, sinks=sinks, seed=seed,
+                dtype=dtype,
+            )  # fmt: skip
+        else:
+            self.forms = plain_forms(
+                config, key_bits=key_bits, value_bits=value_bits, window=window, sinks=sinks,
+                centre=centre, seed=seed,
+            )  # fmt: skip
         forms = iter(self.forms)
         super().__init__(
             layers=[
@@ -143,90 +155,6 @@ class CompressedCache(Cache):
             fits = self.bytes_at(middle, dtype=dtype) <= room
             few, many = (middle, many) if fits else (few, middle)
         return few
-
-
-def text_config(config_or_model: PreTrainedConfig | nn.Module) -> PreTrainedConfig:
-    """The config of the decoder; ConfigError for what we cannot serve."""
-    config = getattr(config_or_model, "config", config_or_model)
-    if not isinstance(config, PreTrainedConfig):
-        raise ConfigError(
-            f"a cache for {type(config_or_model).__name__}",
-            expected="a transformers model, or its config",
-        )
-    config = config.get_text_config(decoder=True)
-    check_config(config)
-    if getattr(config, "kv_lora_rank", None):
-        raise ConfigError(
-            f"{config.model_type} has latent attention", expected="keys and values in heads",
-            hint="What it keeps of a token is small already.",
-        )  # fmt: skip
-    if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
-        raise ConfigError(
-            f"layers of {config.model_type} share keys and values",
-            expected="keys and values of its own for each layer",
-        )
-    kinds, _ = get_layer_types_and_kwargs(config)
-    if "full_attention" not in kinds:
-        raise ConfigError(
-            f"{config.model_type} has no layer of full attention, but {sorted(set(kinds))}",
-            expected="one or more",
-        )
-    if unknown := sorted({*kinds} - {*DYNAMIC_LAYER_TYPE_MAPPING}):
-        raise ConfigError(f"layers of {unknown}", expected=sorted(DYNAMIC_LAYER_TYPE_MAPPING))
-    return config
-
-
-def shapes(config: PreTrainedConfig) -> list[tuple[int, int]]:
-    """Heads of keys, and their width, for each layer of full attention."""
-    kinds, _ = get_layer_types_and_kwargs(config)
-    found = []
-    for kind, each in zip(kinds, config.per_layer_config, strict=True):
-        if kind == "full_attention":
-            heads = getattr(each, "num_key_value_heads", None) or each.num_attention_heads
-            width = getattr(each, "head_dim", None) or each.hidden_size // each.num_attention_heads
-            found.append((heads, width))
-    return found
-
-
-def plain_forms(
-    config: PreTrainedConfig,
-    *,
-    key_bits: int,
-    value_bits: int,
-    window: int,
-    sinks: int,
-    centre: bool,
-    seed: int,
-) -> list[LayerForm]:
-    """For each layer of full attention: an exact window, and the same bits for all that is older."""
-    for name, count in (("window", window), ("sinks", sinks)):
-        check_count(name, count)
-    if centre and window < LEAST_MEAN:
-        raise ConfigError(
-            f"window = {window} with centre=True",
-            expected=f"{LEAST_MEAN} or more: the mean is of as many keys as the window holds",
-            hint="Take a longer window, or centre=False.",
-        )
-    found = []
-    for heads, width in shapes(config):
-        if width < LEAST_WIDTH:
-            raise ConfigError(f"heads of width {width}", expected=f"{LEAST_WIDTH} or more")
-        code = RowCode.uniform(heads, width, key_bits, value_bits)
-        tiers = ([Tier(window, None)] if window else []) + [Tier(None, code)]
-        turn = _random_turn(heads, width, seed)
-        found.append(LayerForm(heads, width, turn, tuple(tiers), sinks, centre))
-    return found
-
-
-@cache
-def _random_turn(heads: int, width: int, seed: int) -> Turn:
-    return Turn.random(heads, width, seed)
-
-
-def check_count(name: str, count: object) -> None:
-    """ConfigError for what is no count of tokens."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise ConfigError(f"{name} = {count!r}", expected="a count of tokens, 0 or more")
 
 
 def _tensors(layer: CacheLayerMixin) -> list[Tensor]:

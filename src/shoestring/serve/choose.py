@@ -1,0 +1,186 @@
+"""Which form a cache takes: from bits that are given, or the best one for a budget of bytes.
+
+A budget is met by giving bits where they save the most. The squared error of a coordinate of b bits
+is D(b) of its variance (`ops.row_code.error`), and w D(b) nats for a group of weight w; a bit more
+for a group costs a byte for every token of its tier. Since D is convex, taking steps in order of
+nats saved for a byte is the best there is, for all tiers, layers, heads and groups together
+(Shoham and Gersho, 1988).
+"""
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from ..errors import ConfigError, ShoestringError
+from ..ops.row_code import GROUP, RowCode, error
+from ..units import parse_bytes
+from .calibration import BANDS, Calibration, stretched
+from .config import numbers, shapes
+from .form import LayerForm, Tier, Turn, layer_bytes
+from .store import room_for
+
+# H heads, d width, g = d / 8 groups; side 0 keys, side 1 values
+
+LEAST_MEAN = 16
+"""Keys that a mean is worth being taken of."""
+LEAST_WIDTH = 3
+"""Numbers that a rotation makes alike."""
+LEAST_BITS = 0.5
+"""Of a number in the last tier; with less, a context is hardly one."""
+MOST_BITS = 8
+SHORT_WINDOW = 32
+"""Exact tokens where a budget is to be met without a calibration."""
+KEYS_TO_VALUES = 8.0
+"""How much more an error of a key counts then: one and a half bits."""
+
+
+def plain_forms(
+    config: PreTrainedConfig,
+    *,
+    key_bits: int,
+    value_bits: int,
+    window: int,
+    sinks: int,
+    centre: bool,
+    seed: int,
+) -> list[LayerForm]:
+    """For each layer of full attention: an exact window, and the same bits for all that is older."""
+    check_count("window", window)
+    check_count("sinks", sinks)
+    if centre and window < LEAST_MEAN:
+        raise ConfigError(
+            f"window = {window} with centre=True",
+            expected=f"{LEAST_MEAN} or more: the mean is of as many keys as the window holds",
+            hint="Take a longer window, or centre=False.",
+        )
+    found = []
+    for heads, width in shapes(config):
+        turn = random_turn(heads, width, seed)
+        code = RowCode.uniform(heads, width, key_bits, value_bits)
+        tiers = ([Tier(window, None)] if window else []) + [Tier(None, code)]
+        found.append(LayerForm(heads, width, turn, tuple(tiers), sinks, centre))
+    return found
+
+
+def budget_forms(
+    config: PreTrainedConfig,
+    budget: str | float,
+    *,
+    context: int,
+    calibration: Calibration | None,
+    sinks: int,
+    seed: int,
+    dtype: torch.dtype,
+) -> list[LayerForm]:
+    """The forms that lose the least with `budget` bytes a token, in the mean over `context` tokens,
+    everything counted. ConfigError where that is less than the smallest form takes."""
+    check_count("sinks", sinks)
+    if not isinstance(context, int) or context <= BANDS[-1]:
+        raise ConfigError(f"context = {context!r}", expected=f"more than {BANDS[-1]} tokens")
+    total = bytes_a_token(budget, config) * context
+    widths = shapes(config)
+    if calibration is None:
+        bands: tuple[int, ...] = (SHORT_WINDOW,)
+        exact = SHORT_WINDOW
+        weights = [_guessed(heads, width) for heads, width in widths]
+        turns = [random_turn(heads, width, seed) for heads, width in widths]
+        scale_bytes = [2]
+    else:
+        bands, exact = BANDS, 0
+        weights = [stretched(each, calibration.row, context) for each in calibration.weights]
+        turns = [calibration.turn(layer) for layer in range(len(widths))]
+        scale_bytes = [2, 2, 2, 1]  # far coordinates have few levels; a coarse scale is lost in them
+    tokens = [high - low for low, high in zip(bands, (*bands[1:], context), strict=True)]
+    rooms = [room_for(count) if last else count for count, last in _with_last(tokens)]
+
+    def forms(bits: list[list[Tensor]]) -> list[LayerForm]:
+        found = []
+        for layer, (heads, width) in enumerate(widths):
+            tiers = [Tier(exact, None)] if exact else []
+            for tier, (count, last) in enumerate(_with_last(tokens)):
+                weight = weights[layer][tier].double().clamp_min(1e-12)
+                code = RowCode(bits[layer][tier], weight, scale_bytes[tier])
+                tiers.append(Tier(None if last else count, code))
+            found.append(LayerForm(heads, width, turns[layer], tuple(tiers), sinks, bool(exact)))
+        return found
+
+    none = [[torch.zeros_like(w, dtype=torch.uint8) for w in each] for each in weights]
+    fixed = sum(layer_bytes(form, context, 1, dtype) for form in forms(none))
+    groups = sum(each[0].numel() for each in weights)
+    least = fixed + sum(rooms) * groups * GROUP * LEAST_BITS / 8
+    if total < least:
+        raise ConfigError(
+            f"a budget of {total / context:.0f} bytes a token over {context} tokens",
+            expected=f"{int(-(-least // context))} or more: {fixed / context:.0f} go to scales, "
+            "exact tokens and room to grow",
+            hint="Take a longer context to spread them over"
+            + (", or a calibration." if calibration is None else "."),
+        )
+    return forms(allocate(weights, rooms, total - fixed))
+
+
+def allocate(weights: list[Tensor], tokens: list[int], total: float) -> list[list[Tensor]]:
+    """weights: of each layer (tiers, 2, H, g), nats; tokens: of each tier; total: bytes for codes
+    -> bits of each layer and tier, uint8 (2, H, g)."""
+    flat = torch.cat([each.double().flatten(1) for each in weights], dim=1).numpy()
+    errors = np.array([error(bits) for bits in range(MOST_BITS + 1)])
+    room = np.array(tokens)[:, None, None]
+    saved = flat[:, :, None] * -np.diff(errors) / room  # (tiers, groups, steps)
+    order = np.argsort(-saved, axis=None, kind="stable")
+    taken = np.zeros(saved.size, dtype=bool)
+    spent = np.cumsum(np.broadcast_to(room, saved.shape).ravel()[order])
+    taken[order[spent <= total]] = True
+    bits = torch.from_numpy(taken.reshape(saved.shape).sum(-1).astype(np.uint8))
+    found, at = [], 0
+    for each in weights:
+        size = each[0].numel()
+        found.append([tier.view(each.shape[1:]).clone() for tier in bits[:, at : at + size]])
+        at += size
+    return found
+
+
+def bytes_a_token(budget: str | float, config: PreTrainedConfig) -> float:
+    """"4700B", "4.7kB", a count of bytes, or "3.25bits" of a number. ConfigError for what is none."""
+    wanted = 'bytes a token ("4700B"), or bits a number ("3.25bits")'
+    if isinstance(budget, str) and budget.strip().endswith("bits"):
+        try:
+            bits = float(budget.strip().removesuffix("bits"))
+        except ValueError:
+            raise ConfigError(f"budget = {budget!r}", expected=wanted) from None
+        found = bits * numbers(config) / 8
+    else:
+        try:
+            found = parse_bytes(budget) if isinstance(budget, str) else float(budget)
+        except (ShoestringError, TypeError, ValueError):
+            raise ConfigError(f"budget = {budget!r}", expected=wanted) from None
+    if not 0 < found < float("inf"):
+        raise ConfigError(f"budget = {budget!r}", expected=wanted)
+    return found
+
+
+@cache
+def random_turn(heads: int, width: int, seed: int) -> Turn:
+    """One rotation for all; ConfigError for heads too narrow for one."""
+    if width < LEAST_WIDTH:
+        raise ConfigError(f"heads of width {width}", expected=f"{LEAST_WIDTH} or more")
+    return Turn.random(heads, width, seed)
+
+
+def check_count(name: str, count: object) -> None:
+    """ConfigError for what is no count of tokens."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ConfigError(f"{name} = {count!r}", expected="a count of tokens, 0 or more")
+
+
+def _guessed(heads: int, width: int) -> Tensor:
+    """Weights (1, 2, H, g) without a calibration: keys more than values, else alike."""
+    found = torch.ones(1, 2, heads, -(-width // GROUP))
+    found[:, 0] = KEYS_TO_VALUES
+    return found
+
+
+def _with_last(items: list[int]) -> list[tuple[int, bool]]:
+    return [(item, index == len(items) - 1) for index, item in enumerate(items)]
