@@ -21,7 +21,10 @@ def mixed(H=3, d=64, *, scale_bytes=2, weighted=True, seed=0):
 def test_rows_are_those_of_the_twin(scale_bytes, weighted):
     torch.manual_seed(0)
     code = mixed(scale_bytes=scale_bytes, weighted=weighted)
-    z = torch.randn(2, 2, 3, 5, 64, dtype=torch.float64) * torch.tensor([0.01, 3.0])[:, None, None, None, None]
+    z = (
+        torch.randn(2, 2, 3, 5, 64, dtype=torch.float64)
+        * torch.tensor([0.01, 3.0])[:, None, None, None, None]
+    )
     z[0, :, :, 0] = 0
     rows = code.encode(z)
     assert rows.shape == (2, 5, code.row_bytes)

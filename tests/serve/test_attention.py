@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from serve.forms import graded, plain
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from serve.forms import graded, plain
 from shoestring.serve.attention import BLOCK, attend, attended_ref
 from shoestring.serve.layer import CompressedLayer
 

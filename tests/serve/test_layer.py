@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from serve.forms import graded, plain
 
+from serve.forms import graded, plain
 from shoestring.errors import ConfigError, DataError, StackError
 from shoestring.serve.layer import CompressedLayer, split
 
@@ -209,7 +209,7 @@ def test_what_is_not_finite_is_an_error_and_changes_no_code(place):
     layer = feed(make(), *pair)
     before, bad = kept(layer), tokens(n=1)
     bad[place, 1, 0, 0, 3] = torch.nan
-    with pytest.raises(DataError, match="NaN.*\n.*\n.*reset|NaN"):
+    with pytest.raises(DataError, match="NaN"):
         feed(layer, *bad)
     assert same(kept(layer), before)
     assert same(kept(feed(layer, *pair)), kept(feed(feed(make(), *pair), *pair)))

@@ -33,7 +33,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """uint8 (..., row_bytes(n, bits)) -> uint8 (..., n)."""
     row_bytes(0, bits)
-    whole = torch.nn.functional.pad(packed.unflatten(-1, (packed.shape[-1] // bits, bits)), (0, 8 - bits))
+    whole = torch.nn.functional.pad(
+        packed.unflatten(-1, (packed.shape[-1] // bits, bits)), (0, 8 - bits)
+    )
     shifts = bits * torch.arange(8, device=packed.device)
     codes = (whole.contiguous().view(torch.int64) >> shifts) & (2**bits - 1)
     return codes.to(torch.uint8).flatten(-2)[..., :n]

@@ -11,8 +11,8 @@ square r, each coordinate u takes the nearest level c, and the scale is r |u| / 
 weighted by how much a coordinate matters, so that what comes back is as long as what went in.
 
 Levels are Lloyd's and Max's for the normal law (`codebook`), smoothed to an odd polynomial of
-degree 5 in the code. It costs at most 0.2 % of error up to 4 bits, 1 % at 5, 3, 6 and 10 % at 6, 7 and 8, and a
-kernel needs three constants for a level instead of a table.
+degree 5 in the code. It costs at most 0.2 % of error up to 4 bits and 1, 3, 6 and 10 % at 5 to 8,
+and a kernel needs three constants for a level instead of a table.
 """
 
 import functools
@@ -176,7 +176,9 @@ class RowCode:
         shape = (2, H, -1, GROUP)
         was = (u.unflatten(2, shape[:3]).square() * weight).sum((-1, -2))
         comes = (c.unflatten(2, shape[:3]).square() * weight).sum((-1, -2))
-        scale = torch.where(small | (comes == 0), 0.0, size * (was / comes.clamp_min(1e-300)).sqrt())
+        scale = torch.where(
+            small | (comes == 0), 0.0, size * (was / comes.clamp_min(1e-300)).sqrt()
+        )
         rows[:, :, self.row_bytes - 2 * H * self.scale_bytes :] = self._stored(scale).flatten(2)
         return rows
 

@@ -221,7 +221,9 @@ def _add_sinks(
     if mask is not None:
         mask = mask.expand(len(starts), -1, -1, -1)
         slots = (starts[:, None] + places).clamp(max=mask.shape[-1] - 1)
-        scores = _masked(scores, mask.gather(-1, slots[:, None, None].expand(*mask.shape[:3], -1)), m)
+        scores = _masked(
+            scores, mask.gather(-1, slots[:, None, None].expand(*mask.shape[:3], -1)), m
+        )
     softmax.add(scores.masked_fill(~there[:, None, None], -torch.inf), values.float())
 
 

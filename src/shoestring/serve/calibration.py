@@ -3,9 +3,9 @@
 An error e of a key moves the model's answer, the law of the next token, by about e^T M e / 2 nats,
 where M is the Fisher information of that key: the mean of g g^T over gradients g of log p(y), with
 y drawn from the model itself, not from the text (Kunstner et al., arXiv 1905.12558, section 3). One
-backward pass gives g for all keys and values at once. Since bits will fall with age, M is kept apart
-for queries of each *band* of ages: every band's scores come from a copy of the keys of its own,
-whose gradient is seen apart from the others'.
+backward pass gives g for all keys and values at once. Since bits will fall with age, M is kept
+apart for queries of each *band* of ages: every band's scores come from a copy of the keys of its
+own, whose gradient is seen apart from the others'.
 
 Of each head, M of older ages and the covariance C of its vectors give a basis that has independent
 coordinates whose squared errors count alike: the Karhunen-Loeve basis of M^1/2 C M^1/2, which makes
@@ -16,6 +16,7 @@ M is estimated from some thousand tokens and is nearly singular; as much of its 
 added to all directions.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -72,6 +73,7 @@ class Calibration:
     shape: str
     weights_of: str
     _turns: dict[int, Turn] = field(default_factory=dict, repr=False)
+    _digest: list[str] = field(default_factory=list, repr=False)
 
     def turn(self, layer: int) -> Turn:
         """Of one layer, made once for all caches."""
@@ -80,6 +82,16 @@ class Calibration:
             mean = self.means[layer].double()
             self._turns[layer] = Turn(forward, torch.linalg.inv(forward), mean)
         return self._turns[layer]
+
+    @property
+    def digest(self) -> str:
+        """Hex of what codes depend on."""
+        if not self._digest:
+            made = hashlib.sha256()
+            for x in (*self.means, *self.turns, *self.weights):
+                made.update(x.contiguous().numpy().tobytes())
+            self._digest.append(made.hexdigest()[:32])
+        return self._digest[0]
 
     def check(self, config_or_model: Any) -> None:
         """ConfigError where it is of another model, as far as can be told from what is given."""
@@ -124,11 +136,14 @@ class Calibration:
                 expected=str(FORMAT), hint="Calibrate again.",
             )  # fmt: skip
         tensors = dict(read_tensors(directory / _FILES[1]))
-        parts = [
+        means, turns, weights = (
             [tensors[f"{name}.{i}"] for i in range(facts["layers"])]
             for name in ("mean", "turn", "weights")
-        ]
-        return cls(*parts, facts["tokens"], facts["row"], facts["shape"], facts["weights_of"])
+        )
+        return cls(
+            means, turns, weights, facts["tokens"], facts["row"], facts["shape"],
+            facts["weights_of"],
+        )  # fmt: skip
 
 
 def calibrate(
@@ -154,7 +169,7 @@ def calibrate(
     generator = torch.Generator(device=model.device).manual_seed(seed)  # type: ignore[arg-type]
     with _calibrating(model, found):
         for index, text in enumerate(texts):
-            _backward(model, text.to(model.device), generator)  # type: ignore[arg-type]
+            _backward(model, text, generator)
             progress(index + 1, len(texts))
     made = [_layer(sums, texts.numel(), seed) for _, sums in sorted(found.items())]
     means, turns, weights = (list(each) for each in zip(*made, strict=True))
@@ -215,6 +230,7 @@ def _calibrating(model: Any, found: dict[int, _Sums]) -> Iterator[None]:
 
 
 def _backward(model: Any, text: Tensor, generator: torch.Generator) -> None:
+    text = text.to(model.device)
     with torch.enable_grad():
         embedded = model.get_input_embeddings()(text[None]).detach().requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
@@ -338,11 +354,11 @@ def queries_per_token(low: int, high: int | None, tokens: int) -> float:
 def stretched(weights: Tensor, row: int, context: int) -> Tensor:
     """weights (bands, ...) of texts of `row` tokens -> for contexts of `context`.
 
-    A longer text has more old keys and more queries that meet them, each of which a query attends to
-    less. That nats grow as the root of the queries is a compromise that measurements on one model
-    found good (docs/compressed-context.md). A band that the texts did not reach takes the one before.
+    A longer text has more old keys and more queries that meet them, each of which a query attends
+    to less. That nats grow as the root of the queries is a compromise that measurements on one
+    model found good. A band that the texts did not reach takes the one before.
     """
-    found = []
+    found: list[Tensor] = []
     for band, (low, high) in enumerate(zip(BANDS, (*BANDS[1:], None), strict=True)):
         met = queries_per_token(low, high, row)
         if not met:

@@ -47,7 +47,7 @@ def plain_forms(
     centre: bool,
     seed: int,
 ) -> list[LayerForm]:
-    """For each layer of full attention: an exact window, and the same bits for all that is older."""
+    """For each layer of full attention: an exact window, then the same bits for all."""
     check_count("window", window)
     check_count("sinks", sinks)
     if centre and window < LEAST_MEAN:
@@ -92,7 +92,12 @@ def budget_forms(
         bands, exact = BANDS, 0
         weights = [stretched(each, calibration.row, context) for each in calibration.weights]
         turns = [calibration.turn(layer) for layer in range(len(widths))]
-        scale_bytes = [2, 2, 2, 1]  # far coordinates have few levels; a coarse scale is lost in them
+        scale_bytes = [
+            2,
+            2,
+            2,
+            1,
+        ]  # far coordinates have few levels; a coarse scale is lost in them
     tokens = [high - low for low, high in zip(bands, (*bands[1:], context), strict=True)]
     rooms = [room_for(count) if last else count for count, last in _with_last(tokens)]
 
@@ -143,7 +148,8 @@ def allocate(weights: list[Tensor], tokens: list[int], total: float) -> list[lis
 
 
 def bytes_a_token(budget: str | float, config: PreTrainedConfig) -> float:
-    """"4700B", "4.7kB", a count of bytes, or "3.25bits" of a number. ConfigError for what is none."""
+    """Of a budget as "4700B", as a count of bytes, or as "3.25bits" of each number. ConfigError for
+    what is none of these."""
     wanted = 'bytes a token ("4700B"), or bits a number ("3.25bits")'
     if isinstance(budget, str) and budget.strip().endswith("bits"):
         try:

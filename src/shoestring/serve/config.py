@@ -63,6 +63,4 @@ def check_config(config: Any) -> None:
     """ConfigError for a text config whose scores are capped."""
     cap = getattr(config, "attn_logit_softcapping", None)
     if cap is not None:
-        raise ConfigError(
-            f"attn_logit_softcapping = {cap}: a soft cap on scores", expected=PLAIN
-        )
+        raise ConfigError(f"attn_logit_softcapping = {cap}: a soft cap on scores", expected=PLAIN)

@@ -1,12 +1,12 @@
 """The form of a compressed cache: for every layer, how vectors are turned and what each age costs.
 
 A token passes through *tiers* as it grows older. A tier holds the newest so many of the tokens that
-reach it, either exact, in the model's dtype, or coded (`ops.row_code`); the last holds all the rest.
+reach it, either exact, in the model's dtype, or coded (`ops.row_code`); the last holds all others.
 Going from one coded tier to the next, a token keeps the form its codes gave it and loses bits.
 
 Before it is coded a vector x of a head becomes z = A (x - mean). A `Turn` says which A: one random
-rotation for all, which makes the coordinates of any vector alike (arXiv 2504.19874), or one made for
-each head from a model (`calibration`).
+rotation for all, which makes the coordinates of any vector alike (arXiv 2504.19874), or one made
+for each head from a model (`calibration`).
 """
 
 from dataclasses import dataclass, field

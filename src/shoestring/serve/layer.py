@@ -7,8 +7,8 @@ their codes, since many heads attend to them.
 
 Where the form says so, a mean key of each head is taken from all keys alike: that adds the same to
 every score, which a softmax does not see, and leaves the code less to describe. It is the mean of
-the first keys after the sinks, as many as the exact tier holds, and is frozen when the first of them
-is coded.
+the first keys after the sinks, as many as the exact tier holds, and is frozen when the first of
+them is coded.
 
 Rows of a batch may begin with padding. Slots count from the batch's start, and are the same for all
 rows; where a row starts is read from the mask (`attended`), and its sinks and mean are counted from
@@ -287,12 +287,12 @@ class CompressedLayer(CacheLayerMixin):
         assert code is not None
         rows = coding.encode(keys, values, self.form.turn, self.mean(), code)
         for (store, tier), (_, after) in zip(stores, [*stores[1:], (None, None)], strict=True):
-            rows = store.push(rows)
-            if after is None or not rows.shape[1]:
+            left = store.push(rows)
+            if left is None or after is None or not left.shape[1]:
                 break
             assert tier.code is not None
             assert after.code is not None
-            rows = coding.recode(rows, tier.code, after.code)
+            rows = coding.recode(left, tier.code, after.code)
 
     def _check_finite(self, keys: Tensor, values: Tensor) -> None:
         """DataError where one is not."""
