@@ -196,9 +196,7 @@ def recode(
             expected=f"{code.heads} heads of {code.width}, as before",
         )
     shape = (rows.shape[0], rows.shape[1])
-    given = _MOVING.pack(
-        *_rows(rows, code, shape), *_rows(out, out_code, shape), *shape, threads
-    )
+    given = _MOVING.pack(*_rows(rows, code, shape), *_rows(out, out_code, shape), *shape, threads)
     return int(_functions().recode(code.pointer, out_code.pointer, given))
 
 

@@ -14,6 +14,7 @@ What comes without our cache (sliding layers, no cache) goes to torch's attentio
 model may stay attached.
 """
 
+import weakref
 from typing import Any, Self
 
 import torch
@@ -23,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import ConfigError, StackError
+from ..ops import row_kernel
 from . import coding
 from .config import PLAIN
 from .layer import PAYLOAD, CompressedLayer, Part, split
@@ -32,6 +34,8 @@ from .layer import PAYLOAD, CompressedLayer, Part, split
 NAME = "shoestring_compressed"
 BLOCK = 256
 """Tokens that are decoded at a time."""
+FEW = 16
+"""Queries up to which the compiled kernel is faster than matrix products of decoded blocks."""
 
 
 def attention(
@@ -155,11 +159,13 @@ def attend(query: Tensor, layer: CompressedLayer, mask: Tensor | None, scaling: 
     keys, values = layer.fresh
     m, n = query.shape[2], layer.get_seq_length()
     groups = query.shape[1] // layer.form.heads
-    if mask is None and m > 1:
-        mask = torch.ones(m, n, dtype=torch.bool, device=query.device).tril(n - m)[None, None]
     parts = layer.parts()
     coded = [part for part in parts if part.code is not None]
     exact = [part for part in parts if part.code is None]
+    if coded and m <= FEW and coding.kernel_takes(keys) and _is_plain(mask, layer, m, n):
+        return _by_kernel(query, layer, parts, scaling)
+    if mask is None and m > 1:
+        mask = torch.ones(m, n, dtype=torch.bool, device=query.device).tril(n - m)[None, None]
     if not coded:
         pairs = [split(part.rows, layer.form.heads) for part in exact] + [(keys, values)]
         keys, values = (torch.cat(each, dim=2) for each in zip(*pairs, strict=True))
@@ -175,6 +181,56 @@ def attend(query: Tensor, layer: CompressedLayer, mask: Tensor | None, scaling: 
     softmax.add(_masked(q @ keys.float().mT, shown, m), values.float())
     out = softmax.result().unflatten(2, (groups, m)).flatten(1, 2)
     return out.to(query.dtype)
+
+
+def _by_kernel(
+    query: Tensor, layer: CompressedLayer, parts: list[Part], scaling: float
+) -> Tensor:  # fmt: skip
+    assert layer.fresh is not None
+    assert layer.sinks is not None
+    _, inverse = layer.form.turn.to(query.device)
+    mean = layer.mean()
+    basis = row_kernel.Basis(inverse, (layer.form.turn.no_mean() if mean is None else mean).float())
+    begins = [start + layer.form.sinks for start in layer.starts]
+    segments, oldest = [], max(begins)
+    for part in parts:
+        count, visible = part.rows.shape[1], None
+        if oldest > part.first:
+            from_ = [[min(max(begin - part.first, 0), count), count] for begin in begins]
+            visible = torch.tensor(from_)
+        code = None if part.code is None else coding.kernel_code(part.code)
+        segments.append(row_kernel.Segment(code, part.rows, visible))
+    if layer.form.sinks:
+        there = torch.tensor([[0, count] for count in layer.sinks_there()])
+        segments.append(row_kernel.Segment(None, layer.sinks, there))
+    out = row_kernel.attend(
+        query.float(), *layer.fresh, segments, basis, scaling, threads=torch.get_num_threads()
+    )
+    return out.to(query.dtype).transpose(1, 2)
+
+
+def _is_plain(mask: Tensor | None, layer: CompressedLayer, m: int, n: int) -> bool:
+    """Whether a mask hides what comes later and padding in front, and no more. All layers get the
+    same mask, which is looked at once."""
+    if max(layer.starts) >= layer.settled:
+        return False  # where rows begin is not known yet
+    if mask is None:
+        return True
+    key = (tuple(layer.starts), m, n, mask._version)
+    seen = _SEEN.get("last")
+    if seen is not None and seen[0]() is mask and seen[1] == key:
+        return bool(seen[2])
+    plain = mask.dtype == torch.bool and mask.shape[1] == 1
+    if plain:
+        slots = torch.arange(n)
+        wanted = slots >= torch.tensor(layer.starts)[:, None, None]
+        wanted = wanted & (slots <= torch.arange(n - m, n)[:, None])
+        plain = bool((mask[:, 0] == wanted).all())
+    _SEEN["last"] = (weakref.ref(mask), key, plain)
+    return plain
+
+
+_SEEN: dict[str, tuple[weakref.ref[Tensor], object, bool]] = {}
 
 
 def _over_codes(

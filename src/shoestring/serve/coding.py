@@ -1,19 +1,69 @@
-"""Vectors into rows of codes, from one tier's rows to the next's, and back."""
+"""Vectors into rows of codes, from one tier's rows to the next's, and back.
+
+By the compiled kernel where there is one and it takes what is given, else by torch; the rows are
+the same.
+"""
+
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..ops.row_code import RowCode
+from ..errors import DataError
+from ..ops import native, row_kernel
+from ..ops.row_code import RowCode, coefficients
 from .form import Turn
 
-# B batch, H heads, t tokens, d width of a head
+# B batch, H heads, t tokens, d width of a head, D of its codes
+
+_KERNELS: WeakKeyDictionary[RowCode, row_kernel.KernelCode] = WeakKeyDictionary()
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LEVELS = ("plain C", "AVX2", "AVX-512", "AVX-512")
+
+
+def in_use() -> str:
+    """What attends over codes on the CPU here, and why if it is not the compiled kernel."""
+    if row_kernel.available():
+        return f"compiled kernel ({_LEVELS[row_kernel.level()]})"
+    return f"torch ({native.reason()})"
+
+
+def kernel_takes(x: Tensor) -> bool:
+    """Whether the compiled kernel is there and takes heads like these (..., d)."""
+    width = x.shape[-1]
+    return (
+        x.is_cpu
+        and x.dtype in _DTYPES
+        and width % 8 == 0
+        and width <= row_kernel.MOST_WIDTH
+        and row_kernel.available()
+    )
+
+
+def kernel_code(code: RowCode) -> row_kernel.KernelCode:
+    """The same, as the kernel needs it; made once."""
+    found = _KERNELS.get(code)
+    if found is None:
+        found = _KERNELS[code] = row_kernel.KernelCode(
+            code.bits, code.weights, code.scale_bytes, coefficients()
+        )
+    return found
 
 
 def encode(
     keys: Tensor, values: Tensor, turn: Turn, mean: Tensor | None, code: RowCode
 ) -> Tensor:  # fmt: skip
-    """(B, H, t, d) each, mean (2, B or 1, H, d) float64 -> rows (B, t, row bytes)."""
+    """(B, H, t, d) each, mean (2, B or 1, H, d) float64 -> rows (B, t, row bytes).
+
+    DataError for NaN, infinity, and vectors too long for a scale."""
     forward, _ = turn.to(keys.device)
+    if kernel_takes(keys):
+        rows = torch.empty(keys.shape[0], keys.shape[2], code.row_bytes, dtype=torch.uint8)
+        mean = turn.no_mean() if mean is None else mean
+        failed = row_kernel.encode(
+            keys, values, forward, mean, kernel_code(code), rows, torch.get_num_threads()
+        )
+        return _checked(rows, failed)
     x = torch.stack([keys, values], dim=1).double()
     if mean is not None:
         x = x - mean.transpose(0, 1).unsqueeze(3)
@@ -22,9 +72,25 @@ def encode(
 
 def recode(rows: Tensor, before: RowCode, after: RowCode) -> Tensor:
     """Rows of one tier (B, t, row bytes) -> of the next. Nothing is turned, only cut."""
+    if rows.is_cpu and row_kernel.available() and before.width <= row_kernel.MOST_WIDTH:
+        new = torch.empty(*rows.shape[:2], after.row_bytes, dtype=torch.uint8)
+        failed = row_kernel.recode(
+            rows, kernel_code(before), new, kernel_code(after), torch.get_num_threads()
+        )
+        return _checked(new, failed)
     return after.encode(before.decode(rows, torch.float64))
 
 
 def decode(rows: Tensor, code: RowCode) -> Tensor:
     """(B, n, row bytes) -> (B, 2, H, n, D) float32, turned and without the mean."""
+    if rows.is_cpu and row_kernel.available() and code.width <= row_kernel.MOST_WIDTH:
+        return row_kernel.decode(rows, kernel_code(code), threads=torch.get_num_threads())
     return code.decode(rows)
+
+
+def _checked(rows: Tensor, failed: int) -> Tensor:
+    if failed == row_kernel.NOT_FINITE:
+        raise DataError("a vector to be coded holds NaN or infinity", expected="finite numbers")
+    if failed == row_kernel.NO_HALF:
+        raise DataError("a vector to be coded is too long", expected="a scale up to 65504")
+    return rows

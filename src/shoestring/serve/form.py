@@ -10,6 +10,7 @@ for each head from a model (`calibration`).
 """
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Turn:
     inverse: Tensor
     mean: Tensor | None = None
     _moved: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _zeros: Tensor | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def random(cls, heads: int, width: int, seed: int) -> "Turn":
@@ -39,10 +41,19 @@ class Turn:
         forward = matrix.expand(2, heads, size, width).contiguous()
         return cls(forward, forward.mT.contiguous())
 
+    def no_mean(self) -> Tensor:
+        """(2, 1, H, d) float64 zeros."""
+        if self._zeros is None:
+            _, heads, _, width = self.forward.shape
+            object.__setattr__(self, "_zeros", self.forward.new_zeros(2, 1, heads, width))
+        assert self._zeros is not None
+        return self._zeros
+
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """forward in float64 and inverse in float32, on that device."""
         if device not in self._moved:
-            self._moved[device] = self.forward.to(device), self.inverse.float().to(device)
+            inverse = self.inverse.float().contiguous().to(device)
+            self._moved[device] = self.forward.to(device), inverse
         return self._moved[device]
 
 
@@ -75,6 +86,9 @@ class LayerForm:
     def __post_init__(self) -> None:
         assert self.tiers[-1].room is None
         assert all(tier.code is not None for tier in self.tiers[1:])
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # nothing in it changes, and its tables are large
 
     @property
     def window(self) -> int:
