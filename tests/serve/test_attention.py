@@ -5,8 +5,25 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.forms import graded, plain
+from shoestring.ops import row_kernel
+from shoestring.serve import coding
 from shoestring.serve.attention import BLOCK, attend, attended_ref
 from shoestring.serve.layer import CompressedLayer
+
+
+@pytest.fixture
+def by_torch(monkeypatch):
+    """As it is where nothing could be compiled."""
+    monkeypatch.setattr(row_kernel, "available", lambda: False)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def either(request, monkeypatch):
+    """Both ways of attending."""
+    if request.param == "torch":
+        monkeypatch.setattr(row_kernel, "available", lambda: False)
+    elif not row_kernel.available():
+        pytest.skip(coding.in_use())
 
 
 def layer_of(keys, values, mask=None, chunk=64, newest=1, form=plain, **settings):
@@ -42,7 +59,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("pads", [None, (0, 7, 300)])
-def test_attention_over_codes_is_that_over_what_they_stand_for(case, groups, pads):
+def test_attention_over_codes_is_that_over_what_they_stand_for(either, case, groups, pads):
     rows, heads, n, m, width = 3, 2, 700, 5, 24
     keys, values = torch.randn(2, rows, heads, n, width) + 0.5
     mask = None if pads is None else causal(rows, n, pads)
@@ -113,7 +130,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_more_than_a_block_is_ever_decoded():
+def test_no_more_than_a_block_is_ever_decoded(by_torch):
     keys, values = torch.randn(2, 1, 2, 5 * BLOCK, 16)
     layer = layer_of(keys, values)
     with Largest() as largest:
@@ -121,9 +138,26 @@ def test_no_more_than_a_block_is_ever_decoded():
     assert largest.numbers == 2 * 2 * BLOCK * 16  # keys and values of two heads
 
 
-def test_sixteen_bit_queries_give_sixteen_bits():
+def test_sixteen_bit_queries_give_sixteen_bits(either):
     keys, values = torch.randn(2, 1, 2, 300, 16).bfloat16()
     layer, query = layer_of(keys, values, newest=2), torch.randn(1, 4, 2, 16).bfloat16()
     found = attend(query, layer, None, 0.25)
     assert found.dtype == torch.bfloat16
     assert (found - attended_ref(query, layer, None, 0.25)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("form", [plain, graded])
+def test_rows_are_the_same_however_they_are_coded(monkeypatch, form):
+    if not row_kernel.available():
+        pytest.skip(coding.in_use())
+    keys, values = torch.randn(2, 2, 2, 300, 24)
+    compiled = layer_of(keys, values, form=form)
+    monkeypatch.setattr(row_kernel, "available", lambda: False)
+    for one, other in zip(compiled.parts(), layer_of(keys, values, form=form).parts(), strict=True):
+        assert torch.equal(one.rows, other.rows)
+
+
+def test_what_runs_is_said(monkeypatch):
+    monkeypatch.setattr(row_kernel, "available", lambda: False)
+    monkeypatch.setattr(coding.native, "reason", lambda: "no C compiler")
+    assert coding.in_use() == "torch (no C compiler)"

@@ -95,7 +95,7 @@ def test_a_budget_under_the_smallest_form_says_what_that_is(grouped):
     cache = CompressedCache(grouped, budget=f"{least}B")
     assert cache.bytes_at(2048) <= int(least) * 2048
     with pytest.raises(ConfigError, match="context"):
-        CompressedCache(grouped, budget="4bits", context=100)
+        CompressedCache(grouped, budget="4bits", context=32)
 
 
 def test_the_longest_context_is_the_last_that_fits(grouped):

@@ -118,7 +118,8 @@ def test_the_rotated_control_is_our_cache_and_the_other_lacks_only_rotation(mode
     x = torch.zeros(1, 1, 1, 32)
     x[..., 3] = 5.0  # in its own coordinates one number, spread out by a rotation
     bare = simulated.CodedCache(model.config, key_bits=2, value_bits=2, rotate=False, **exact)
-    found = bare._coded(x, 2)
+    bare.means[0] = torch.zeros(1, 1, 1, 32)
+    _, found = bare.decoded(0, x, x)
     assert int(found.abs().argmax()) == 3
     assert found.norm().item() == pytest.approx(5.0, rel=1e-3)
 

@@ -78,8 +78,8 @@ def budget_forms(
     """The forms that lose the least with `budget` bytes a token, in the mean over `context` tokens,
     everything counted. ConfigError where that is less than the smallest form takes."""
     check_count("sinks", sinks)
-    if not isinstance(context, int) or context <= BANDS[-1]:
-        raise ConfigError(f"context = {context!r}", expected=f"more than {BANDS[-1]} tokens")
+    if not isinstance(context, int) or context <= SHORT_WINDOW:
+        raise ConfigError(f"context = {context!r}", expected=f"more than {SHORT_WINDOW} tokens")
     total = bytes_a_token(budget, config) * context
     widths = shapes(config)
     if calibration is None:
@@ -89,8 +89,10 @@ def budget_forms(
         turns = [random_turn(heads, width, seed) for heads, width in widths]
         scale_bytes = [2]
     else:
-        bands, exact = BANDS, 0
-        weights = [stretched(each, calibration.row, context) for each in calibration.weights]
+        bands, exact = tuple(low for low in BANDS if low < context), 0
+        weights = [
+            stretched(each, calibration.row, context)[: len(bands)] for each in calibration.weights
+        ]
         turns = [calibration.turn(layer) for layer in range(len(widths))]
         scale_bytes = [
             2,

@@ -28,6 +28,12 @@ class Ring:
     def push(self, rows: Tensor) -> Tensor:
         """(B, t, r), copied -> (B, p, r), a copy of what had to leave, the oldest first."""
         new, room = rows.shape[1], self.room
+        if new == 1 and self.count == room > 0:  # as it is token after token
+            place = slice(self.oldest, self.oldest + 1)
+            gone = self.rows[:, place].clone()
+            self.rows[:, place] = rows
+            self.oldest = (self.oldest + 1) % room
+            return gone
         leave = max(self.count + new - room, 0)
         from_here = min(leave, self.count)
         gone = torch.cat([self._first(from_here), rows[:, : leave - from_here]], dim=1)

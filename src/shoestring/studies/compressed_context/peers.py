@@ -10,7 +10,6 @@ A peer whose package is missing stays in the list and says so.
 """
 
 import importlib.util
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -21,17 +20,23 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
 
+from ...errors import ConfigError
+from ...serve import Calibration as Sensitivity
 from ...serve import CompressedCache, attach
+from ...serve import calibrate as sensitivity
+from ...serve.calibration import ROW
 from .calibration import Calibration, calibrate
 from .eviction import EvictingCache, kvzip_scores, random_scores
 from .simulated import EXACT_BYTES, CodedCache, KiviCache, OscarCache, SimulatedCache
 from .transform import KvtcCache, KvtcCodec, rotary_tables
 from .watching import watched
 
-# Of what 16-bit numbers take: 3,250 and 4,700 bytes a token of SmolLM2-135M.
+# Of what 16-bit numbers take: 3,250 and 4,700 bytes a token of SmolLM2-135M, and 6,150 for ours.
 SHARES = (3250 / 23040, 4700 / 23040)
+MORE = 6150 / 23040
 OURS = ((4, 4), (4, 2), (3, 3), (2, 2))
 SEEDED = ((4, 2), (2, 2))  # of ours, those that are run with three rotations
+TEXTS = 8  # that our calibration reads at most
 MOST_BITS = 4.5  # of a number, ahead of deflate, that KVTC's program looks at
 
 
@@ -67,6 +72,17 @@ class Setting:
             rows = self.others if other and self.others is not None else self.rows
             self._made[name] = calibrate(self.model, rows)
         found: Calibration = self._made[name]
+        return found
+
+    def sensitivity(self, seed: int, other: bool = False) -> Sensitivity:
+        """Our own calibration, of the same texts, cut as it wants them."""
+        name = f"sensitivity {seed} {other}"
+        if name not in self._made:
+            rows = self.others if other and self.others is not None else self.rows
+            count = min(rows.numel() // ROW, TEXTS)
+            rows = rows.flatten()[: count * ROW].view(count, ROW) if count else rows
+            self._made[name] = sensitivity(self.model, rows, seed=seed)
+        found: Sensitivity = self._made[name]
         return found
 
     def codec(self, how: str = "") -> KvtcCodec:
@@ -121,6 +137,11 @@ class Peer:
             return f"not installed: {', '.join(absent)}"
         if self.share is not None and self.setting.coded_bytes(self.share) <= 0:
             return f"the exact tokens alone take more than {self.share:.1%}"
+        if self.kind == "ours":
+            try:
+                self.make(torch.zeros(1, 1, dtype=torch.long))
+            except ConfigError as error:  # a budget under the smallest form
+                return str(error)
         return None
 
     def attached(self) -> AbstractContextManager[Any]:
@@ -160,12 +181,16 @@ def _ours(setting: Setting, seeds: tuple[int, ...]) -> list[Peer]:
                 f"ours {keys}/{values}", "ours", "shoestring.serve", setting,
                 partial(_compressed, setting, keys, values, seed), seed=seed,
             ))  # fmt: skip
-    if "budget" in inspect.signature(CompressedCache.__init__).parameters:
-        for share in SHARES:
-            for seed in seeds:
+    for share in (*SHARES, MORE):
+        for how in ("", "other text", "not calibrated"):
+            if how == "other text" and setting.others is None:
+                continue
+            for seed in seeds if not how and share != MORE else seeds[:1]:
                 found.append(Peer(
-                    f"ours {share:.1%}", "ours", "shoestring.serve, by budget", setting,
-                    partial(_budgeted, setting, share, seed), seed=seed,
+                    f"ours {share:.1%}" + (f", {how}" if how else ""), "ours",
+                    "shoestring.serve, by budget", setting,
+                    partial(_budgeted, setting, share, seed, how), seed=seed,
+                    shared=partial(_turns, setting, how),
                 ))  # fmt: skip
     return found
 
@@ -177,11 +202,22 @@ def _compressed(setting: Setting, keys: int, values: int, seed: int, ids: Tensor
     )  # fmt: skip
 
 
-def _budgeted(setting: Setting, share: float, seed: int, ids: Tensor) -> Cache:
-    """Where `CompressedCache` takes a budget, of bytes a token."""
-    made: Any = CompressedCache
-    cache: Cache = made(setting.model, budget=f"{share * setting.plain_bytes:.0f}B", seed=seed)
-    return cache
+def _budgeted(setting: Setting, share: float, seed: int, how: str, ids: Tensor) -> Cache:
+    """By bytes a token, everything counted, at the length of the context. The seed is that of the
+    calibration's draws and signs."""
+    calibration = None if how == "not calibrated" else setting.sensitivity(seed, how != "")
+    return CompressedCache(
+        setting.model, budget=share * setting.plain_bytes, context=setting.tokens,
+        calibration=calibration, sinks=setting.sinks, seed=seed,
+    )  # fmt: skip
+
+
+def _turns(setting: Setting, how: str) -> int:
+    """Bytes of what all our caches of a model share: turns, their inverses, and means."""
+    if how == "not calibrated":
+        return 0
+    found = setting.sensitivity(0, how != "")
+    return sum(3 * x.nbytes for x in found.turns) + sum(2 * x.nbytes for x in found.means)
 
 
 def _packages(setting: Setting) -> list[Peer]:

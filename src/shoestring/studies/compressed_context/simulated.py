@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...ops.vector_code import VectorCode
+from ...ops.row_code import RowCode
+from ...serve.form import Turn
 from .calibration import Calibration
 from .watching import WatchingCache
 
@@ -131,6 +132,7 @@ class CodedCache(SimulatedCache):
     """Our own code, with a map before it that can be left out: the control arm of rotation.
 
     rotate: whether vectors are rotated before the Lloyd-Max code; else everything is the same.
+    Without, heads of whole groups of eight.
     """
 
     def __init__(
@@ -148,13 +150,15 @@ class CodedCache(SimulatedCache):
             whole = self.layers[layer].keys
             self.means[layer] = whole[:, :, self.sinks : self.sinks + 64].mean(2, keepdim=True)
         mean = self.means[layer]
-        return self._coded(keys - mean, self.bits[0]) + mean, self._coded(values, self.bits[1])
-
-    def _coded(self, x: Tensor, bits: int) -> Tensor:
-        code = VectorCode(x.shape[-1], bits, seed=self.seed)
-        if not self.rotate:  # what the code does first and last is undone around it
-            return code.rotate(code.decode(code.encode(code.rotate.inverse(x.float()))))
-        return code.decode(code.encode(x.float()))
+        x = torch.stack([keys - mean, values], dim=1).double()
+        heads, width = x.shape[2], x.shape[4]
+        code = RowCode.uniform(heads, width, *self.bits)
+        if not self.rotate:
+            back = code.decode(code.encode(x))
+        else:
+            turn = Turn.random(heads, width, self.seed)
+            back = code.decode(code.encode(x @ turn.forward.mT)) @ turn.inverse.mT.float()
+        return back[:, 0] + mean, back[:, 1]
 
     @property
     def coded_bytes(self) -> float:
