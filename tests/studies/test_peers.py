@@ -328,7 +328,9 @@ def test_every_peer_reads_and_counts_or_says_why_not(model, setting):
     for peer in peers.peers(setting, (0,)):
         if peer.kind == "package" and peer.name != "fp8":
             continue  # these are others' code; see below
-        assert peer.missing is None or "exact tokens alone" in peer.missing
+        if peer.missing:
+            assert "exact tokens" in peer.missing
+            continue
         with peer.attached():
             cache = peer.make(ids)
             found = said(model, cache, ids)

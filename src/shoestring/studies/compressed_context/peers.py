@@ -139,7 +139,8 @@ class Peer:
             return f"the exact tokens alone take more than {self.share:.1%}"
         if self.kind == "ours":
             try:
-                self.make(torch.zeros(1, 1, dtype=torch.long))
+                with self.attached():
+                    self.make(torch.zeros(1, 1, dtype=torch.long))
             except ConfigError as error:  # a budget under the smallest form
                 return str(error)
         return None
