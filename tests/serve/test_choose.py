@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from serve.test_generate import distance, ids, read
-from shoestring.errors import ConfigError
+from shoestring.errors import ConfigError, OutOfBudget
 from shoestring.ops.row_code import error
 from shoestring.serve import CompressedCache, calibrate
 from shoestring.serve.choose import allocate, bytes_a_token
@@ -102,5 +102,5 @@ def test_the_longest_context_is_the_last_that_fits(grouped):
     cache = CompressedCache(grouped, budget="6bits")
     tokens = cache.longest_context("1MB")
     assert cache.bytes_at(tokens) <= 10**6 < cache.bytes_at(tokens + 1)
-    with pytest.raises(ConfigError, match="or more"):
+    with pytest.raises(OutOfBudget, match="or more"):
         cache.longest_context("1kB")

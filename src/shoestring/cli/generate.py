@@ -11,7 +11,9 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from ..errors import ConfigError
+from ..units import format_bytes
 from .arguments import Common
+from .caches import check_cache, settings_of
 from .terminal import Terminal
 
 
@@ -33,8 +35,14 @@ class Arguments(Common):
     """Seed of the sampling."""
     device: str = "auto"
     """auto (CUDA when there is one, else CPU), cpu, cuda or cuda:N."""
+    cache: str = ""
+    """Keep the context compressed: bits of keys/values (4/2), bytes a token (4700B), or bits of a
+    number (3.25bits). Empty = as it is."""
+    calibration: str = ""
+    """Of `shoestring calibrate`, for a cache by bytes or bits."""
 
     def __post_init__(self) -> None:
+        check_cache(self.cache, calibration=self.calibration)
         for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
             value = getattr(self, name)
             if not value >= low:
@@ -61,14 +69,39 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
     start = [tokenizer.bos_token_id or tokenizer.eos_token_id]
     given = torch.tensor([start + ids], device=device)
     torch.manual_seed(arguments.seed)
-    new = _continue(model, given, arguments, tokenizer.eos_token_id)
+    cache = _cache(model, given.shape[1] + arguments.tokens, arguments)
+    new = _continue(model, given, arguments, tokenizer.eos_token_id, cache)
     text = tokenizer.decode(new, skip_special_tokens=True)
-    terminal.emit({"prompt": prompt, "text": text, "tokens": len(new), "seed": arguments.seed})
+    told = {"prompt": prompt, "text": text, "tokens": len(new), "seed": arguments.seed}
+    if cache is not None:
+        told |= _about(cache, terminal)
+    terminal.emit(told)
     terminal.say(prompt + text)
     return 0
 
 
-def _continue(model: Any, given: Any, arguments: Arguments, end: int | None) -> list[int]:
+def _cache(model: Any, tokens: int, arguments: Arguments) -> Any:
+    """What --cache asks for, for that many tokens; None without it."""
+    if not arguments.cache:
+        return None
+    from ..serve import Calibration, CompressedCache
+
+    calibration = Calibration.load(arguments.calibration) if arguments.calibration else None
+    settings = settings_of(arguments.cache, calibration=calibration, context=max(tokens, 2048))
+    return CompressedCache(model, **settings)
+
+
+def _about(cache: Any, terminal: Terminal) -> dict[str, Any]:
+    from ..serve import kernel_in_use
+
+    tokens = cache.get_seq_length()
+    terminal.note(f"context: {format_bytes(cache.nbytes)} for {tokens} tokens, {kernel_in_use()}")
+    return {"cache_bytes": cache.nbytes, "cache_tokens": tokens, "cache_kernel": kernel_in_use()}
+
+
+def _continue(
+    model: Any, given: Any, arguments: Arguments, end: int | None, cache: Any
+) -> list[int]:  # fmt: skip
     """Ids that follow `given`, a (1, T) tensor of ids."""
     import torch
 
@@ -83,6 +116,7 @@ def _continue(model: Any, given: Any, arguments: Arguments, end: int | None) -> 
             max_new_tokens=arguments.tokens,
             eos_token_id=end,
             pad_token_id=end,
+            past_key_values=cache,
             **sampling,
         )
     return list(out[0, given.shape[1] :].tolist())

@@ -23,6 +23,8 @@ VERBS = {
     "resume": "go on with a run that ended early, bit for bit",
     "report": "one page of a run, or of several over one another",
     "generate": "continue a text with a trained model",
+    "calibrate": "which errors of its context a model notices, for small contexts",
+    "context": "what a context takes in bytes, by form, and how long it can be",
     "study": "a published claim run again, with the control arm it left out",
     "doctor": "where a training script's memory goes; alone: versions, memory, a self test",
     "demo": "a deep language model trained on real text in a few hundred MiB",

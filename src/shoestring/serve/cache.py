@@ -20,7 +20,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from ..errors import ConfigError
+from ..errors import ConfigError, OutOfBudget
 from ..units import format_bytes, parse_bytes
 from . import prefix
 from .attention import Attached, attach, check_model
@@ -179,13 +179,14 @@ class CompressedCache(Cache):
 
     def longest_context(self, budget: int | str, *, dtype: torch.dtype = torch.float32) -> int:
         """The most tokens of one row whose context takes at most that many bytes ("2GB").
-        ConfigError where not even one does."""
+        OutOfBudget where not even one does."""
         room, few, many = parse_bytes(budget), 1, 2
         if self.bytes_at(1, dtype=dtype) > room:
-            raise ConfigError(
-                f"a context in {budget}",
-                expected=f"{format_bytes(self.bytes_at(1, dtype=dtype))} or more",
-            )
+            least = self.bytes_at(1, dtype=dtype)
+            raise OutOfBudget(
+                f"a context in {budget}", expected=f"{format_bytes(least)} or more",
+                smallest_bytes=least,
+            )  # fmt: skip
         while self.bytes_at(many, dtype=dtype) <= room:
             few, many = many, 2 * many
         while many - few > 1:
