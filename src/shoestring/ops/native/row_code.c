@@ -44,6 +44,7 @@
 #define MOST_GROUPS (MOST_WIDTH / GROUP)
 #define BLOCK 8  /* groups; their codes are 64 bytes at most */
 #define TILE 64  /* tokens, a multiple of 16 */
+#define AHEAD 96 /* tokens: how far codes are asked for before they are needed */
 #define SMALLEST 1e-30
 
 #define INLINE static inline __attribute__((always_inline))
@@ -584,8 +585,8 @@ INLINE __m512 looked_up(const int kind, const unit *u, const int which, __m512i 
     if (kind == THIRTY_TWO) {
         return _mm512_permutex2var_ps(low, lanes, high);
     }
-    __m512 x = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(lanes, _mm512_set1_epi32(0xff))),
-                             _mm512_load_ps(u->centre[which]));
+    lanes = which ? lanes : _mm512_and_si512(lanes, _mm512_set1_epi32(0xff));
+    __m512 x = _mm512_sub_ps(_mm512_cvtepi32_ps(lanes), _mm512_load_ps(u->centre[which]));
     __m512 square = _mm512_mul_ps(x, x);
     __m512 y = _mm512_fmadd_ps(square, _mm512_load_ps(u->power[which][2]),
                                _mm512_load_ps(u->power[which][1]));
@@ -603,6 +604,7 @@ INLINE void unpack_unit(const int first, const int second, const unit *u, const 
     rows += u->start;
     tile += u->at;
     for (int64_t t = 0; t < count; t++, rows += stride, tile += width) {
+        __builtin_prefetch(rows + AHEAD * stride);
         __m512i words = _mm512_permutexvar_epi8(pick, _mm512_maskz_loadu_epi8(there, rows));
         words = _mm512_srlv_epi16(words, shift);
         words = _mm512_ternarylogic_epi32(words, mask, base, 0xea); /* words & mask | base */
@@ -736,23 +738,79 @@ static coded_side coded_side_of(const row_code *code, int which, int64_t head) {
     return found;
 }
 
-static void get_scales(const coded_side *c, const uint8_t *rows, int64_t stride, int64_t count,
-                       float *to) {
-    rows += c->s->scale;
-    if (c->code->scale_bytes == 1) {
-        for (int64_t t = 0; t < count; t++) {
-            to[t] = byte_scales32(c->code)[rows[t * stride]];
+#ifdef WITH_AVX2
+
+/* Eight halves each of eight rows -> eight floats each of eight scales, TILE apart. */
+INLINE void turn_halves(const __m128i *row, float *to, int64_t count) {
+    __m128i a[8], b[8];
+    UNROLLED for (int k = 0; k < 4; k++) {
+        a[k] = _mm_unpacklo_epi16(row[2 * k], row[2 * k + 1]);
+        a[k + 4] = _mm_unpackhi_epi16(row[2 * k], row[2 * k + 1]);
+    }
+    UNROLLED for (int k = 0; k < 8; k += 4) {
+        b[k] = _mm_unpacklo_epi32(a[k], a[k + 1]);
+        b[k + 1] = _mm_unpackhi_epi32(a[k], a[k + 1]);
+        b[k + 2] = _mm_unpacklo_epi32(a[k + 2], a[k + 3]);
+        b[k + 3] = _mm_unpackhi_epi32(a[k + 2], a[k + 3]);
+    }
+    UNROLLED for (int k = 0; k < 8; k++) {
+        const __m128i *from = b + k / 4 * 4 + k % 4 / 2;
+        __m128i halves = k % 2 ? _mm_unpackhi_epi64(from[0], from[2])
+                               : _mm_unpacklo_epi64(from[0], from[2]);
+        if (k < count) {
+            _mm256_storeu_ps(to + k * TILE, _mm256_cvtph_ps(halves));
         }
+    }
+}
+
+static void turn_scales(const uint8_t *at, int64_t stride, int64_t count, int64_t sides,
+                        float *to) {
+    for (int64_t k = 0; k < sides; k += 8) {
+        int64_t each = sides - k < 8 ? sides - k : 8;
+        for (int64_t t = 0; t < count; t += 8) {
+            __m128i row[8] = {0};
+            UNROLLED for (int r = 0; r < 8; r++) {
+                const uint8_t *from = at + (t + r) * stride + 2 * k;
+                if (t + r + 8 < count) { /* rows follow that are as long as what is read too much */
+                    row[r] = _mm_loadu_si128((const __m128i *)from);
+                } else if (t + r < count) {
+                    memcpy(row + r, from, (size_t)(2 * each));
+                }
+            }
+            turn_halves(row, to + k * TILE + t, each);
+        }
+    }
+}
+
+#else
+
+static void turn_scales(const uint8_t *at, int64_t stride, int64_t count, int64_t sides,
+                        float *to) {
+    for (int64_t k = 0; k < sides; k++) {
+        for (int64_t t = 0; t < count; t++) {
+            uint16_t half;
+            memcpy(&half, at + t * stride + 2 * k, 2);
+            to[k * TILE + t] = from_half(half);
+        }
+    }
+}
+
+#endif
+
+/* Scales of count rows -> (2, H, TILE). */
+static void get_scales(const row_code *code, const uint8_t *rows, int64_t stride, int64_t count,
+                       float *to) {
+    int64_t sides = 2 * code->heads;
+    const uint8_t *at = rows + code->sides[0].scale;
+    if (code->scale_bytes == 2) {
+        turn_scales(at, stride, count, sides, to);
         return;
     }
-    uint16_t halves[TILE];
-    for (int64_t t = 0; t < count; t++) {
-        memcpy(halves + t, rows + t * stride, 2);
+    for (int64_t k = 0; k < sides; k++) {
+        for (int64_t t = 0; t < count; t++) {
+            to[k * TILE + t] = byte_scales32(code)[at[t * stride + k]];
+        }
     }
-    for (int64_t t = count; t % 8; t++) {
-        halves[t] = 0;
-    }
-    to_floats(to, (const uint8_t *)halves, FLOAT16, (count + 7) / 8 * 8);
 }
 
 /* ---- two products --------------------------------------------------------------------------- */
@@ -944,6 +1002,7 @@ typedef struct {
 /* What one thread has of one batch row: all rows of all heads, row (head, group, query). */
 typedef struct {
     float *tile, *score;         /* (TILE, padded), (R, TILE) */
+    float *scale;                /* (2, H, TILE) */
     float *q, *turned, *packed;  /* queries: as they are, transformed, in the order of a plan */
     float *raw, *coded, *part;   /* sums of values: raw, z, z in the order of a plan */
     float *high, *mass, *coded_mass, *bias;
@@ -954,7 +1013,7 @@ INLINE int64_t padded_of(const attention *a) { return (a->width + 15) / 16 * 16;
 INLINE int64_t state_floats(const attention *a) {
     int64_t rows = a->heads * rows_of(a), each = (rows + 15) / 16 * 16;
     int64_t tokens = TILE > a->width ? TILE : padded_of(a);
-    return tokens * padded_of(a) + rows_of(a) * TILE + 6 * rows * padded_of(a) + 4 * each;
+    return tokens * padded_of(a) + (rows_of(a) + 2 * a->heads) * TILE + 6 * rows * padded_of(a) + 4 * each;
 }
 
 static state state_at(const attention *a, int64_t item) {
@@ -963,7 +1022,8 @@ static state state_at(const attention *a, int64_t item) {
     float *at = a->room + item * state_floats(a);
     state s = {.tile = at, .score = at + tokens * padded_of(a)};
     float **parts[] = {&s.q, &s.turned, &s.packed, &s.raw, &s.coded, &s.part};
-    at = s.score + rows_of(a) * TILE;
+    s.scale = s.score + rows_of(a) * TILE;
+    at = s.scale + 2 * a->heads * TILE;
     for (int k = 0; k < 6; k++, at += size) {
         *parts[k] = at;
     }
@@ -987,6 +1047,10 @@ INLINE vec power_of_2(vec x) {
     return y * (vec)exponent;
 }
 
+#ifdef WITH_AVX512
+INLINE float sum_of(vec x) { return _mm512_reduce_add_ps(x); }
+INLINE float most_of(vec x) { return _mm512_reduce_max_ps(x); }
+#else
 INLINE float sum_of(vec x) {
     float found = 0.0f;
     UNROLLED for (int k = 0; k < LANES; k++) { found += x[k]; }
@@ -998,6 +1062,7 @@ INLINE float most_of(vec x) {
     UNROLLED for (int k = 1; k < LANES; k++) { found = x[k] > found ? x[k] : found; }
     return found;
 }
+#endif
 
 INLINE void scale_row(float *row, int64_t n, float by) {
     for (int64_t k = 0; k < n; k += LANES) {
@@ -1022,19 +1087,22 @@ typedef struct {
     int64_t from, to;                     /* what of the tile is seen */
 } seen;
 
-/* scores of one row and one tile -> weights, 0 for what is not seen. */
-static void soften(const attention *a, state *s, int64_t row, float *score, seen what) {
+/* scores of one row and one tile -> weights, 0 for what is not seen. whole: all of it is. */
+INLINE void soften_of(const int coded, const int whole, const attention *a, state *s,
+                      int64_t row, float *score, seen what) {
     ints lane, from = (ints){0} + (int32_t)what.from, to = (ints){0} + (int32_t)what.to;
     int64_t end = (what.to + 15) / 16 * 16;
-    vec most = all(-INFINITY), bias = all(what.key_scale ? s->bias[row] : 0.0f), sum = {0};
+    vec most = all(-INFINITY), bias = all(coded ? s->bias[row] : 0.0f), sum = {0};
     UNROLLED for (int k = 0; k < LANES; k++) { lane[k] = k; }
     for (int64_t t = 0; t < end; t += LANES) {
         vec each = load(score + t);
-        ints at = lane + (int32_t)t, there = (at >= from) & (at < to);
-        if (what.key_scale) {
+        if (coded) {
             each = each * load(what.key_scale + t) + bias;
         }
-        each = chosen(there, each, all(-INFINITY));
+        if (!whole) {
+            ints at = lane + (int32_t)t;
+            each = chosen((at >= from) & (at < to), each, all(-INFINITY));
+        }
         most = chosen(each > most, each, most);
         store(score + t, each);
     }
@@ -1044,14 +1112,31 @@ static void soften(const attention *a, state *s, int64_t row, float *score, seen
     }
     vec by = all(s->high[row] == -INFINITY ? 0.0f : s->high[row]);
     for (int64_t t = 0; t < end; t += LANES) {
-        ints at = lane + (int32_t)t, there = (at >= from) & (at < to);
-        vec weight = (vec)(there & (ints)power_of_2(load(score + t) - by));
+        vec weight = power_of_2(load(score + t) - by);
+        if (!whole) {
+            ints at = lane + (int32_t)t;
+            weight = (vec)((at >= from) & (at < to) & (ints)weight);
+        }
         sum += weight;
-        store(score + t, what.value_scale ? weight * load(what.value_scale + t) : weight);
+        store(score + t, coded ? weight * load(what.value_scale + t) : weight);
     }
     float mass = sum_of(sum);
     s->mass[row] += mass;
-    s->coded_mass[row] += what.value_scale ? mass : 0.0f;
+    s->coded_mass[row] += coded ? mass : 0.0f;
+}
+
+static void soften(const attention *a, state *s, int64_t row, float *score, seen what) {
+    if (what.from > 0 || what.to % 16) {
+        if (what.key_scale) {
+            soften_of(1, 0, a, s, row, score, what);
+        } else {
+            soften_of(0, 0, a, s, row, score, what);
+        }
+    } else if (what.key_scale) {
+        soften_of(1, 1, a, s, row, score, what);
+    } else {
+        soften_of(0, 1, a, s, row, score, what);
+    }
 }
 
 /* d x d numbers with a row stride that the products can take. */
@@ -1126,17 +1211,16 @@ static void place_sums(const attention *a, state *s, const coded_side *c, int64_
 static void add_coded_tile(const attention *a, state *s, const row_code *code,
                            const uint8_t *rows_at, int64_t stride, int64_t count) {
     int64_t n = padded_of(a), rows = rows_of(a);
-    float key_scale[TILE], value_scale[TILE];
+    get_scales(code, rows_at, stride, count, s->scale);
     for (int64_t h = 0; h < a->heads; h++) {
         coded_side keys = coded_side_of(code, 0, h), values = coded_side_of(code, 1, h);
         float *sums = s->part + h * rows * n;
         unpack(&keys, rows_at, stride, count, s->tile);
-        get_scales(&keys, rows_at, stride, count, key_scale);
-        get_scales(&values, rows_at, stride, count, value_scale);
         dots(s->tile, 16 * keys.s->vectors, count, s->packed + h * rows * n, n, rows,
              16 * keys.s->vectors, s->score, TILE);
         for (int64_t r = 0; r < rows; r++) {
-            seen what = {key_scale, value_scale, 0, count};
+            const float *scale = s->scale + h * TILE;
+            seen what = {scale, scale + a->heads * TILE, 0, count};
             soften(a, s, h * rows + r, s->score + r * TILE, what);
         }
         unpack(&values, rows_at, stride, count, s->tile);
