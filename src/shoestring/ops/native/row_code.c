@@ -576,30 +576,38 @@ static void unpack_group(const coded_side *c, int g, const uint8_t *row, float *
 
 #ifdef WITH_VBMI
 
-/* 16 levels, of codes in the low bits of 16 lanes; what lies above them is whatever it is. */
-INLINE __m512 looked_up(const int kind, const unit *u, const int which, __m512i lanes,
-                        __m512 low, __m512 high) {
-    if (kind == SIXTEEN) {
-        return _mm512_permutexvar_ps(lanes, low);
-    }
-    if (kind == THIRTY_TWO) {
-        return _mm512_permutex2var_ps(low, lanes, high);
-    }
-    lanes = which ? lanes : _mm512_and_si512(lanes, _mm512_set1_epi32(0xff));
-    __m512 x = _mm512_sub_ps(_mm512_cvtepi32_ps(lanes), _mm512_load_ps(u->centre[which]));
-    __m512 square = _mm512_mul_ps(x, x);
-    __m512 y = _mm512_fmadd_ps(square, _mm512_load_ps(u->power[which][2]),
-                               _mm512_load_ps(u->power[which][1]));
-    y = _mm512_fmadd_ps(square, y, _mm512_load_ps(u->power[which][0]));
-    return _mm512_mul_ps(x, y);
+/* What 16 lanes are looked up in. */
+typedef struct {
+    __m512 low, high, centre, power[3];
+} lookup;
+
+INLINE lookup lookup_of(const unit *u, const int which) {
+    lookup found = {_mm512_load_ps(u->table[which]), _mm512_load_ps(u->table[which] + 16),
+                    _mm512_load_ps(u->centre[which])};
+    UNROLLED for (int k = 0; k < 3; k++) { found.power[k] = _mm512_load_ps(u->power[which][k]); }
+    return found;
 }
 
-INLINE void unpack_unit(const int first, const int second, const unit *u, const uint8_t *rows,
-                        int64_t stride, int64_t count, float *tile, int64_t width) {
+/* 16 levels, of codes in the low bits of 16 lanes; what lies above them is whatever it is. */
+INLINE __m512 looked_up(const int kind, lookup from, __m512i lanes) {
+    if (kind == SIXTEEN) {
+        return _mm512_permutexvar_ps(lanes, from.low);
+    }
+    if (kind == THIRTY_TWO) {
+        return _mm512_permutex2var_ps(from.low, lanes, from.high);
+    }
+    lanes = _mm512_and_si512(lanes, _mm512_set1_epi32(0xff));
+    __m512 x = _mm512_sub_ps(_mm512_cvtepi32_ps(lanes), from.centre), square = _mm512_mul_ps(x, x);
+    __m512 y = _mm512_fmadd_ps(square, from.power[2], from.power[1]);
+    return _mm512_mul_ps(x, _mm512_fmadd_ps(square, y, from.power[0]));
+}
+
+INLINE void unpack_unit(const int first, const int second, const unit *u,
+                        const uint8_t *restrict rows, int64_t stride, int64_t count,
+                        float *restrict tile, int64_t width) {
     const __m512i pick = _mm512_loadu_si512(u->pick), shift = _mm512_loadu_si512(u->shift);
     const __m512i mask = _mm512_loadu_si512(u->mask), base = _mm512_loadu_si512(u->base);
-    const __m512 a = _mm512_load_ps(u->table[0]), b = _mm512_load_ps(u->table[0] + 16);
-    const __m512 c = _mm512_load_ps(u->table[1]), d = _mm512_load_ps(u->table[1] + 16);
+    const lookup one = lookup_of(u, 0), two = lookup_of(u, 1);
     const __mmask64 there = u->bytes >= 64 ? ~0ull : (1ull << u->bytes) - 1;
     rows += u->start;
     tile += u->at;
@@ -608,10 +616,9 @@ INLINE void unpack_unit(const int first, const int second, const unit *u, const 
         __m512i words = _mm512_permutexvar_epi8(pick, _mm512_maskz_loadu_epi8(there, rows));
         words = _mm512_srlv_epi16(words, shift);
         words = _mm512_ternarylogic_epi32(words, mask, base, 0xea); /* words & mask | base */
-        _mm512_store_ps(tile, looked_up(first, u, 0, words, a, b));
+        _mm512_store_ps(tile, looked_up(first, one, words));
         if (second != NONE) {
-            _mm512_store_ps(tile + 16,
-                            looked_up(second, u, 1, _mm512_srli_epi32(words, 16), c, d));
+            _mm512_store_ps(tile + 16, looked_up(second, two, _mm512_srli_epi32(words, 16)));
         }
     }
 }
