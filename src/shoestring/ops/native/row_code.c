@@ -57,27 +57,33 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef double eight __attribute__((vector_size(64)));
 
-/* How two vectors of 16 coordinates (four groups of one block) come out of a row; see `plan`. */
+/* With VBMI two tokens are unpacked side by side, else one. */
+#ifdef WITH_VBMI
+#define ABREAST 2
+#else
+#define ABREAST 1
+#endif
+
+/* How two groups of a block come out of the rows of two tokens; see `plan_unit`. */
 enum { NONE = 0, SIXTEEN = 1, THIRTY_TWO = 2, POLYNOMIAL = 3 };
 
 typedef struct {
-    uint8_t pick[64];                      /* the byte of the block, for each byte of 32 words */
-    uint16_t shift[32], mask[32], base[32]; /* of each word; base: where its table begins */
-    float table[2][32];
-    float centre[2][16], power[2][3][16];
-    int32_t kind[2];
+    uint8_t pick[64];     /* the byte of two blocks, for each byte of 32 words */
+    uint16_t shift[32];   /* of each word */
+    float table[2][32];   /* levels of each group, over and over */
+    float centre[2], power[2][3];
+    int32_t kind[2], mask[2];
     int32_t start, bytes; /* of the block, in the row */
-    int32_t at, unused[11];  /* first float of the tile */
+    int32_t column, unused; /* of the tile */
 } unit;
 
 /* One side of one head. */
 typedef struct {
     int32_t start;              /* first byte in the row */
     int32_t scale;              /* where its scale lies */
-    int32_t vectors;            /* of 16 coordinates, in a tile */
-    int32_t units;
-    int16_t group[MOST_GROUPS]; /* of each half vector of a tile, -1 for none */
-    int16_t offset[MOST_GROUPS]; /* in the row, of each group (not half vector) */
+    int32_t pairs, kept;        /* of groups with bits, pairs within their block; and groups */
+    int16_t group[MOST_GROUPS]; /* two for each pair, -1 for none */
+    int16_t offset[MOST_GROUPS]; /* in the row, of each group of the head */
 } side;
 
 typedef struct {
@@ -108,7 +114,7 @@ INLINE const side *side_of(const row_code *code, int which, int64_t head) {
 INLINE const uint8_t *bits_of(const row_code *code, int which, int64_t head) {
     return code->bits + (which * code->heads + head) * (code->width / GROUP);
 }
-INLINE int64_t units_of(int64_t width) { return 2 * ((width / GROUP + BLOCK - 1) / BLOCK); }
+INLINE int64_t units_of(int64_t width) { return (width / GROUP + 1) / 2; }
 
 INLINE vec load(const float *from) {
     vec found;
@@ -193,41 +199,26 @@ int64_t row_code_room(int64_t heads, int64_t width) {
            2 * heads * units_of(width) * (int64_t)sizeof(unit);
 }
 
-/* Levels of the 16 coordinates of two groups, of equal bits where they can share a table. */
-static void plan_vector(const row_code *code, unit *u, int which, int low, int high) {
-    float *table = u->table[which];
-    int most = low > high ? low : high, base = 0;
-    if (low == high && low <= 5) {
-        u->kind[which] = low <= 4 ? SIXTEEN : THIRTY_TWO;
-        memcpy(table, levels32(code, low), 4u << low);
-    } else if (most <= 4) {
-        u->kind[which] = most <= 3 ? SIXTEEN : THIRTY_TWO;
-        base = most <= 3 ? 8 : 16;
-        memcpy(table, levels32(code, low), 4u << low);
-        memcpy(table + base, levels32(code, high), 4u << high);
-    } else {
-        u->kind[which] = POLYNOMIAL;
-    }
+/* Group `which` of a unit: of each 16 lanes, two are for each coordinate, one for each token. */
+static void plan_group(const row_code *code, unit *u, int which, int bits, int offset) {
+    double step = ldexp(1.0, 1 - bits), each = step;
+    int apart = u->bytes > 32 ? 64 : 32;
     for (int lane = 0; lane < 16; lane++) {
-        int bits = lane < 8 ? low : high;
-        double step = ldexp(1.0, 1 - bits), each = step;
-        u->base[2 * lane + which] = (uint16_t)(lane < 8 ? 0 : base);
-        u->centre[which][lane] = ((float)(1 << bits) - 1) / 2;
-        for (int k = 0; k < 3; k++, each *= step * step) {
-            u->power[which][k][lane] = (float)(powers(code, bits)[k] * each);
-        }
-    }
-}
-
-/* Where the byte and the bits of each of the 16 coordinates are. */
-static void plan_words(unit *u, int which, int half, int bits, int offset) {
-    for (int i = 0; i < GROUP; i++) {
-        int word = 2 * (8 * half + i) + which, bit = i * bits;
-        int byte = offset - u->start + bit / 8;
+        int word = 2 * lane + which, bit = lane / 2 * bits;
+        int byte = offset - u->start + bit / 8 + lane % 2 * apart;
         u->pick[2 * word] = (uint8_t)byte;
         u->pick[2 * word + 1] = (uint8_t)(bit % 8 + bits > 8 ? byte + 1 : byte);
         u->shift[word] = (uint16_t)(bit % 8);
-        u->mask[word] = (uint16_t)((1 << bits) - 1);
+    }
+    /* Repeated, so that bits of the next code do not matter. */
+    u->kind[which] = bits <= 4 ? SIXTEEN : bits == 5 ? THIRTY_TWO : POLYNOMIAL;
+    for (int k = 0; k < 32; k++) {
+        u->table[which][k] = levels32(code, bits)[k & ((1 << bits) - 1)];
+    }
+    u->mask[which] = (1 << bits) - 1;
+    u->centre[which] = (float)u->mask[which] / 2;
+    for (int k = 0; k < 3; k++, each *= step * step) {
+        u->power[which][k] = (float)(powers(code, bits)[k] * each);
     }
 }
 
@@ -250,30 +241,26 @@ static void plan_side(const row_code *code, side *s, const uint8_t *bits, unit *
         s->offset[g] = (int16_t)(at - s->start);
         at += bits[g];
     }
-    s->vectors = s->units = 0;
+    s->pairs = s->kept = 0;
     for (int first = 0; first < groups; first += BLOCK) {
-        int last = first + BLOCK < groups ? first + BLOCK : groups, found[BLOCK];
+        int last = first + BLOCK < groups ? first + BLOCK : groups, found[BLOCK + 1];
         int count = sorted(bits, first, last, found);
-        int start = s->start + s->offset[first];
-        int end = s->start + s->offset[last - 1] + bits[last - 1];
-        for (int pair = 0; 2 * pair < count; pair++) {
-            unit *u = units + s->units - pair % 2;
-            int low = found[2 * pair], high = 2 * pair + 1 < count ? found[2 * pair + 1] : -1;
-            if (pair % 2 == 0) {
-                memset(u, 0, sizeof *u);
-                s->units++;
-                u->start = start;
-                u->bytes = end - start;
-                u->at = 16 * s->vectors;
+        found[count] = -1;
+        for (int k = 0; k < count; k += 2) {
+            unit *u = units + s->pairs;
+            memset(u, 0, sizeof *u);
+            u->start = s->start + s->offset[first];
+            u->bytes = s->start + s->offset[last - 1] + bits[last - 1] - u->start;
+            u->column = s->kept;
+            for (int which = 0; which < 2; which++) {
+                int g = found[k + which];
+                s->group[2 * s->pairs + which] = (int16_t)g;
+                if (g >= 0) {
+                    plan_group(code, u, which, bits[g], s->start + s->offset[g]);
+                    s->kept++;
+                }
             }
-            plan_vector(code, u, pair % 2, bits[low], high < 0 ? bits[low] : bits[high]);
-            plan_words(u, pair % 2, 0, bits[low], s->start + s->offset[low]);
-            if (high >= 0) {
-                plan_words(u, pair % 2, 1, bits[high], s->start + s->offset[high]);
-            }
-            s->group[2 * s->vectors] = (int16_t)low;
-            s->group[2 * s->vectors + 1] = (int16_t)high;
-            s->vectors++;
+            s->pairs++;
         }
     }
 }
@@ -579,12 +566,16 @@ static void unpack_group(const coded_side *c, int g, const uint8_t *row, float *
 /* What 16 lanes are looked up in. */
 typedef struct {
     __m512 low, high, centre, power[3];
+    __m512i mask;
 } lookup;
 
 INLINE lookup lookup_of(const unit *u, const int which) {
-    lookup found = {_mm512_load_ps(u->table[which]), _mm512_load_ps(u->table[which] + 16),
-                    _mm512_load_ps(u->centre[which])};
-    UNROLLED for (int k = 0; k < 3; k++) { found.power[k] = _mm512_load_ps(u->power[which][k]); }
+    lookup found;
+    found.low = _mm512_load_ps(u->table[which]);
+    found.high = _mm512_load_ps(u->table[which] + 16);
+    found.centre = _mm512_set1_ps(u->centre[which]);
+    UNROLLED for (int k = 0; k < 3; k++) { found.power[k] = _mm512_set1_ps(u->power[which][k]); }
+    found.mask = _mm512_set1_epi32(u->mask[which]);
     return found;
 }
 
@@ -596,26 +587,45 @@ INLINE __m512 looked_up(const int kind, lookup from, __m512i lanes) {
     if (kind == THIRTY_TWO) {
         return _mm512_permutex2var_ps(from.low, lanes, from.high);
     }
-    lanes = _mm512_and_si512(lanes, _mm512_set1_epi32(0xff));
+    lanes = _mm512_and_si512(lanes, from.mask);
     __m512 x = _mm512_sub_ps(_mm512_cvtepi32_ps(lanes), from.centre), square = _mm512_mul_ps(x, x);
     __m512 y = _mm512_fmadd_ps(square, from.power[2], from.power[1]);
     return _mm512_mul_ps(x, _mm512_fmadd_ps(square, y, from.power[0]));
 }
 
-INLINE void unpack_unit(const int first, const int second, const unit *u,
-                        const uint8_t *restrict rows, int64_t stride, int64_t count,
-                        float *restrict tile, int64_t width) {
-    const __m512i pick = _mm512_loadu_si512(u->pick), shift = _mm512_loadu_si512(u->shift);
-    const __m512i mask = _mm512_loadu_si512(u->mask), base = _mm512_loadu_si512(u->base);
-    const lookup one = lookup_of(u, 0), two = lookup_of(u, 1);
+/* A block of each row, two tokens side by side: 32 bytes each, or 64. */
+static void gather(const unit *u, const uint8_t *restrict rows, int64_t stride, int64_t count,
+                   uint8_t *restrict to) {
     const __mmask64 there = u->bytes >= 64 ? ~0ull : (1ull << u->bytes) - 1;
     rows += u->start;
-    tile += u->at;
-    for (int64_t t = 0; t < count; t++, rows += stride, tile += width) {
-        __builtin_prefetch(rows + AHEAD * stride);
-        __m512i words = _mm512_permutexvar_epi8(pick, _mm512_maskz_loadu_epi8(there, rows));
+    if (u->bytes <= 32) {
+        for (int64_t t = 0; t < count; t++, rows += stride) {
+            __builtin_prefetch(rows + AHEAD * stride);
+            __m256i found = _mm256_maskz_loadu_epi8((__mmask32)there, rows);
+            _mm256_store_si256((__m256i *)(to + 32 * t), found);
+        }
+    } else {
+        for (int64_t t = 0; t < count; t++, rows += stride) {
+            __builtin_prefetch(rows + AHEAD * stride);
+            _mm512_store_si512(to + 64 * t, _mm512_maskz_loadu_epi8(there, rows));
+        }
+    }
+    if (count % 2) {
+        memset(to + (u->bytes <= 32 ? 32 : 64) * count, 0, 64);
+    }
+}
+
+INLINE void unpack_unit(const int wide, const int first, const int second, const unit *u,
+                        const uint8_t *restrict blocks, int64_t pairs, float *restrict tile,
+                        int64_t width) {
+    const __m512i pick = _mm512_loadu_si512(u->pick), shift = _mm512_loadu_si512(u->shift);
+    const lookup one = lookup_of(u, 0), two = lookup_of(u, 1);
+    tile += 16 * u->column;
+    for (int64_t k = 0; k < pairs; k++, blocks += wide ? 128 : 64, tile += width) {
+        __m512i words = _mm512_load_si512(blocks);
+        words = wide ? _mm512_permutex2var_epi8(words, pick, _mm512_load_si512(blocks + 64))
+                     : _mm512_permutexvar_epi8(pick, words);
         words = _mm512_srlv_epi16(words, shift);
-        words = _mm512_ternarylogic_epi32(words, mask, base, 0xea); /* words & mask | base */
         _mm512_store_ps(tile, looked_up(first, one, words));
         if (second != NONE) {
             _mm512_store_ps(tile + 16, looked_up(second, two, _mm512_srli_epi32(words, 16)));
@@ -623,22 +633,29 @@ INLINE void unpack_unit(const int first, const int second, const unit *u,
     }
 }
 
-/* count rows -> tile (count, width): the side's kept coordinates in the order of its plan. */
+/* count rows -> tile (pairs of rows, kept groups, 8 coordinates, 2 tokens) */
 static void unpack(const coded_side *c, const uint8_t *rows, int64_t stride, int64_t count,
                    float *tile) {
-    int64_t width = 16 * c->s->vectors;
-    for (int32_t k = 0; k < c->s->units; k++) {
+    uint8_t blocks[TILE * 64 + 128] __attribute__((aligned(64)));
+    for (int32_t k = 0; k < c->s->pairs; k++) {
         const unit *u = c->units + k;
-#define CASE(first, second)                                                  \
-    case 4 * first + second:                                                 \
-        unpack_unit(first, second, u, rows, stride, count, tile, width);     \
+        if (k == 0 || u->start != u[-1].start) {
+            gather(u, rows, stride, count, blocks);
+        }
+#define CASE(wide, first, second)                                                             \
+    case 16 * wide + 4 * first + second:                                                      \
+        unpack_unit(wide, first, second, u, blocks, (count + 1) / 2, tile, 16 * c->s->kept);  \
         break;
-#define CASES(first) \
-    CASE(first, NONE) CASE(first, SIXTEEN) CASE(first, THIRTY_TWO) CASE(first, POLYNOMIAL)
-        switch (4 * u->kind[0] + u->kind[1]) {
-            CASES(SIXTEEN)
-            CASES(THIRTY_TWO)
-            CASES(POLYNOMIAL)
+#define CASES(wide, first)                                                                    \
+    CASE(wide, first, NONE)                                                                   \
+    CASE(wide, first, SIXTEEN) CASE(wide, first, THIRTY_TWO) CASE(wide, first, POLYNOMIAL)
+        switch ((u->bytes > 32 ? 16 : 0) + 4 * u->kind[0] + u->kind[1]) {
+            CASES(0, SIXTEEN)
+            CASES(0, THIRTY_TWO)
+            CASES(0, POLYNOMIAL)
+            CASES(1, SIXTEEN)
+            CASES(1, THIRTY_TWO)
+            CASES(1, POLYNOMIAL)
         }
     }
 }
@@ -720,11 +737,11 @@ static void unpack_groups(const coded_side *c, int g, const uint8_t *rows, int64
 
 #endif
 
-/* count rows -> tile (count, width): the side's kept coordinates in the order of its plan. */
+/* count rows -> tile (count, 16 pairs): the side's kept coordinates in the order of its plan. */
 static void unpack(const coded_side *c, const uint8_t *rows, int64_t stride, int64_t count,
                    float *tile) {
-    int64_t width = 16 * c->s->vectors;
-    for (int32_t half = 0; half < 2 * c->s->vectors; half++) {
+    int64_t width = 16 * c->s->pairs;
+    for (int32_t half = 0; half < 2 * c->s->pairs; half++) {
         int g = c->s->group[half];
         if (g >= 0) {
             unpack_groups(c, g, rows, stride, count, tile + 8 * half, width);
@@ -850,6 +867,14 @@ INLINE void store_sums(float *to, const vec *f) {
     _mm512_storeu_ps(to, _mm512_permutexvar_ps(order, sums));
 }
 
+/* Two of them, of sums for two tokens in turn -> the 16 sums in order. */
+INLINE void store_pairs(float *to, const vec *f) {
+    const __m512i order =
+        _mm512_set_epi32(15, 14, 7, 6, 11, 10, 3, 2, 13, 12, 5, 4, 9, 8, 1, 0);
+    __m512 sums = _mm512_shuffle_ps(f[0], f[1], 0x44) + _mm512_shuffle_ps(f[0], f[1], 0xee);
+    _mm512_storeu_ps(to, _mm512_permutexvar_ps(order, sums));
+}
+
 #else
 
 typedef float four __attribute__((vector_size(16)));
@@ -868,61 +893,55 @@ INLINE void store_sums(float *to, const four *f) { memcpy(to, f, 64); }
 
 #endif
 
+/* The weight of a token, or of two in turn. */
+INLINE vec weights_at(const int abreast, const float *weight, int64_t t) {
+#ifdef WITH_VBMI
+    if (abreast == 2) {
+        double both;
+        memcpy(&both, weight + 2 * t, 8);
+        return _mm512_castpd_ps(_mm512_set1_pd(both));
+    }
+#endif
+    (void)abreast;
+    return all(weight[t]);
+}
+
+/* Products of four neighbours with some rows, still spread over the lanes. */
+INLINE void four_dots(const int rows, const float *x, int64_t x_stride, const float *q,
+                      int64_t q_stride, int64_t n, vec sum[4][4]) {
+    for (int64_t k = 0; k < n; k += LANES) {
+        vec a = load(x + k), b = load(x + k + x_stride);
+        vec c = load(x + k + 2 * x_stride), d = load(x + k + 3 * x_stride);
+        UNROLLED for (int r = 0; r < rows; r++) {
+            vec each = load(q + r * q_stride + k);
+            sum[r][0] += a * each;
+            sum[r][1] += b * each;
+            sum[r][2] += c * each;
+            sum[r][3] += d * each;
+        }
+    }
+}
+
 /* to[r][t] = x[t] . q[r] over n coordinates; tokens in sixteens. */
 INLINE void dots_of(const int rows, const float *x, int64_t x_stride, int64_t count,
                     const float *q, int64_t q_stride, int64_t n, float *to, int64_t to_stride) {
     for (int64_t t = 0; t < count; t += 16) {
         __typeof__(folded((vec){0}, (vec){0}, (vec){0}, (vec){0})) sums[4][4];
         UNROLLED for (int part = 0; part < 4; part++) {
-            const float *from = x + (t + 4 * part) * x_stride;
             vec sum[4][4] = {0};
-            for (int64_t k = 0; k < n; k += LANES) {
-                vec a = load(from + k), b = load(from + k + x_stride);
-                vec c = load(from + k + 2 * x_stride), d = load(from + k + 3 * x_stride);
-                UNROLLED for (int r = 0; r < rows; r++) {
-                    vec each = load(q + r * q_stride + k);
-                    sum[r][0] += a * each;
-                    sum[r][1] += b * each;
-                    sum[r][2] += c * each;
-                    sum[r][3] += d * each;
-                }
-            }
+            four_dots(rows, x + (t + 4 * part) * x_stride, x_stride, q, q_stride, n, sum);
             UNROLLED for (int r = 0; r < rows; r++) {
                 sums[r][part] = folded(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
             }
         }
-        UNROLLED for (int r = 0; r < rows; r++) {
-            store_sums(to + r * to_stride + t, sums[r]);
-        }
-    }
-}
-
-static void dots(const float *x, int64_t x_stride, int64_t count, const float *q,
-                 int64_t q_stride, int64_t rows, int64_t n, float *to, int64_t to_stride) {
-    for (int64_t r = 0; r < rows; r += ROWS, q += ROWS * q_stride, to += ROWS * to_stride) {
-        switch (rows - r < ROWS ? rows - r : ROWS) {
-        case 1:
-            dots_of(1, x, x_stride, count, q, q_stride, n, to, to_stride);
-            break;
-        case 2:
-            dots_of(2, x, x_stride, count, q, q_stride, n, to, to_stride);
-            break;
-#if ROWS > 2 || !defined(WITH_AVX2)
-        case 3:
-            dots_of(3, x, x_stride, count, q, q_stride, n, to, to_stride);
-            break;
-        case 4:
-            dots_of(4, x, x_stride, count, q, q_stride, n, to, to_stride);
-            break;
-#endif
-        }
+        UNROLLED for (int r = 0; r < rows; r++) { store_sums(to + r * to_stride + t, sums[r]); }
     }
 }
 
 /* to[r] += sum over t of weight[r][t] x[t], for some vectors of coordinates. */
-INLINE void add_vectors(const int rows, const int vectors, const float *x, int64_t x_stride,
-                        int64_t count, const float *weight, int64_t weight_stride, float *to,
-                        int64_t to_stride) {
+INLINE void add_vectors(const int rows, const int vectors, const int abreast, const float *x,
+                        int64_t x_stride, int64_t count, const float *weight,
+                        int64_t weight_stride, float *to, int64_t to_stride) {
     vec sum[4][4];
     UNROLLED for (int r = 0; r < rows; r++) {
         UNROLLED for (int k = 0; k < vectors; k++) {
@@ -933,7 +952,7 @@ INLINE void add_vectors(const int rows, const int vectors, const float *x, int64
         vec each[4];
         UNROLLED for (int k = 0; k < vectors; k++) { each[k] = load(x + t * x_stride + k * LANES); }
         UNROLLED for (int r = 0; r < rows; r++) {
-            vec w = all(weight[r * weight_stride + t]);
+            vec w = weights_at(abreast, weight + r * weight_stride, t);
             UNROLLED for (int k = 0; k < vectors; k++) { sum[r][k] += each[k] * w; }
         }
     }
@@ -944,39 +963,106 @@ INLINE void add_vectors(const int rows, const int vectors, const float *x, int64
     }
 }
 
-INLINE void add_of(const int rows, const float *x, int64_t x_stride, int64_t count,
-                   const float *weight, int64_t weight_stride, int64_t n, float *to,
-                   int64_t to_stride) {
-    for (; n >= VECTORS * LANES; n -= VECTORS * LANES, x += VECTORS * LANES, to += VECTORS * LANES) {
-        add_vectors(rows, VECTORS, x, x_stride, count, weight, weight_stride, to, to_stride);
+INLINE void add_of(const int rows, const int abreast, const float *x, int64_t x_stride,
+                   int64_t count, const float *weight, int64_t weight_stride, int64_t n,
+                   float *to, int64_t to_stride) {
+#define ADD(vectors) \
+    add_vectors(rows, vectors, abreast, x, x_stride, count, weight, weight_stride, to, to_stride)
+    for (; n >= VECTORS * LANES; n -= VECTORS * LANES) {
+        ADD(VECTORS);
+        x += VECTORS * LANES, to += VECTORS * LANES;
     }
-    for (; n > 0; n -= LANES, x += LANES, to += LANES) {
-        add_vectors(rows, 1, x, x_stride, count, weight, weight_stride, to, to_stride);
+    if (n == LANES) {
+        ADD(1);
+    } else if (VECTORS > 2 && n == 2 * LANES) {
+        ADD(2);
+    } else if (VECTORS > 2 && n == 3 * LANES) {
+        ADD(3);
     }
+#undef ADD
+}
+
+/* A function of `some` rows at once, called for all of them. */
+#if ROWS > 2
+#define BY_ROWS(some, rows, call, step)                     \
+    for (int64_t left = rows; left > 0; left -= ROWS) {     \
+        switch (left < ROWS ? left : ROWS) {                \
+        case 1: { enum { some = 1 }; call; break; }         \
+        case 2: { enum { some = 2 }; call; break; }         \
+        case 3: { enum { some = 3 }; call; break; }         \
+        case 4: { enum { some = 4 }; call; break; }         \
+        }                                                   \
+        step;                                               \
+    }
+#else
+#define BY_ROWS(some, rows, call, step)                     \
+    for (int64_t left = rows; left > 0; left -= ROWS) {     \
+        if (left == 1) {                                    \
+            enum { some = 1 }; call;                        \
+        } else {                                            \
+            enum { some = 2 }; call;                        \
+        }                                                   \
+        step;                                               \
+    }
+#endif
+
+static void dots(const float *x, int64_t x_stride, int64_t count, const float *q,
+                 int64_t q_stride, int64_t rows, int64_t n, float *to, int64_t to_stride) {
+    BY_ROWS(some, rows, dots_of(some, x, x_stride, count, q, q_stride, n, to, to_stride),
+            (q += ROWS * q_stride, to += ROWS * to_stride))
 }
 
 static void add(const float *x, int64_t x_stride, int64_t count, const float *weight,
                 int64_t weight_stride, int64_t rows, int64_t n, float *to, int64_t to_stride) {
-    for (int64_t r = 0; r < rows;
-         r += ROWS, weight += ROWS * weight_stride, to += ROWS * to_stride) {
-        switch (rows - r < ROWS ? rows - r : ROWS) {
-        case 1:
-            add_of(1, x, x_stride, count, weight, weight_stride, n, to, to_stride);
-            break;
-        case 2:
-            add_of(2, x, x_stride, count, weight, weight_stride, n, to, to_stride);
-            break;
-#if ROWS > 2 || !defined(WITH_AVX2)
-        case 3:
-            add_of(3, x, x_stride, count, weight, weight_stride, n, to, to_stride);
-            break;
-        case 4:
-            add_of(4, x, x_stride, count, weight, weight_stride, n, to, to_stride);
-            break;
-#endif
+    BY_ROWS(some, rows,
+            add_of(some, 1, x, x_stride, count, weight, weight_stride, n, to, to_stride),
+            (weight += ROWS * weight_stride, to += ROWS * to_stride))
+}
+
+/* The same for unpacked tiles, whose rows are of n numbers. */
+
+#ifdef WITH_VBMI
+
+INLINE void dots_of_pairs(const int rows, const float *x, int64_t count, const float *q,
+                          int64_t q_stride, int64_t n, float *to) {
+    for (int64_t t = 0; t < count; t += 16) {
+        vec sums[4][2];
+        UNROLLED for (int part = 0; part < 2; part++) {
+            vec sum[4][4] = {0};
+            four_dots(rows, x + (t / 2 + 4 * part) * n, n, q, q_stride, n, sum);
+            UNROLLED for (int r = 0; r < rows; r++) {
+                sums[r][part] = folded(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+            }
         }
+        UNROLLED for (int r = 0; r < rows; r++) { store_pairs(to + r * TILE + t, sums[r]); }
     }
 }
+
+static void coded_dots(const float *x, int64_t count, const float *q, int64_t q_stride,
+                       int64_t rows, int64_t n, float *to) {
+    BY_ROWS(some, rows, dots_of_pairs(some, x, count, q, q_stride, n, to),
+            (q += ROWS * q_stride, to += ROWS * TILE))
+}
+
+static void coded_add(const float *x, int64_t count, const float *weight, int64_t rows, int64_t n,
+                      float *to, int64_t to_stride) {
+    BY_ROWS(some, rows, add_of(some, 2, x, n, (count + 1) / 2, weight, TILE, n, to, to_stride),
+            (weight += ROWS * TILE, to += ROWS * to_stride))
+}
+
+#else
+
+static void coded_dots(const float *x, int64_t count, const float *q, int64_t q_stride,
+                       int64_t rows, int64_t n, float *to) {
+    dots(x, n, count, q, q_stride, rows, n, to, TILE);
+}
+
+static void coded_add(const float *x, int64_t count, const float *weight, int64_t rows, int64_t n,
+                      float *to, int64_t to_stride) {
+    add(x, n, count, weight, TILE, rows, n, to, to_stride);
+}
+
+#endif
 
 /* ---- attention ------------------------------------------------------------------------------ */
 
@@ -1010,8 +1096,9 @@ typedef struct {
 typedef struct {
     float *tile, *score;         /* (TILE, padded), (R, TILE) */
     float *scale;                /* (2, H, TILE) */
-    float *q, *turned, *packed;  /* queries: as they are, transformed, in the order of a plan */
-    float *raw, *coded, *part;   /* sums of values: raw, z, z in the order of a plan */
+    float *q, *turned;           /* queries: as they are, transformed */
+    float *raw, *coded;          /* sums of values: raw, z */
+    float *packed, *part;        /* turned and coded in the order of a plan, as wide as two */
     float *high, *mass, *coded_mass, *bias;
 } state;
 
@@ -1020,7 +1107,7 @@ INLINE int64_t padded_of(const attention *a) { return (a->width + 15) / 16 * 16;
 INLINE int64_t state_floats(const attention *a) {
     int64_t rows = a->heads * rows_of(a), each = (rows + 15) / 16 * 16;
     int64_t tokens = TILE > a->width ? TILE : padded_of(a);
-    return tokens * padded_of(a) + (rows_of(a) + 2 * a->heads) * TILE + 6 * rows * padded_of(a) + 4 * each;
+    return tokens * padded_of(a) + (rows_of(a) + 2 * a->heads) * TILE + 8 * rows * padded_of(a) + 4 * each;
 }
 
 static state state_at(const attention *a, int64_t item) {
@@ -1028,11 +1115,12 @@ static state state_at(const attention *a, int64_t item) {
     int64_t tokens = TILE > a->width ? TILE : padded_of(a);
     float *at = a->room + item * state_floats(a);
     state s = {.tile = at, .score = at + tokens * padded_of(a)};
-    float **parts[] = {&s.q, &s.turned, &s.packed, &s.raw, &s.coded, &s.part};
+    float **parts[] = {&s.q, &s.turned, &s.raw, &s.coded, &s.packed, &s.part};
     s.scale = s.score + rows_of(a) * TILE;
     at = s.scale + 2 * a->heads * TILE;
-    for (int k = 0; k < 6; k++, at += size) {
+    for (int k = 0; k < 6; k++) {
         *parts[k] = at;
+        at += k < 4 ? size : 2 * size;
     }
     s.high = at, s.mass = at + each, s.coded_mass = at + 2 * each, s.bias = at + 3 * each;
     return s;
@@ -1086,7 +1174,7 @@ static void lower(const attention *a, state *s, int64_t row, float high) {
     s->coded_mass[row] *= by;
     scale_row(s->raw + row * n, n, by);
     scale_row(s->coded + row * n, n, by);
-    scale_row(s->part + row * n, n, by);
+    scale_row(s->part + row * 2 * n, 2 * n, by);
 }
 
 typedef struct {
@@ -1163,7 +1251,7 @@ static const float *wide_matrix(const attention *a, const float *matrix, float *
 static void begin(const attention *a, state *s, int64_t b) {
     int64_t d = a->width, n = padded_of(a), rows = rows_of(a), all_rows = a->heads * rows;
     float by = (float)(a->scaling * 1.4426950408889634);
-    memset(s->q, 0, (size_t)(6 * all_rows * n) * 4);
+    memset(s->q, 0, (size_t)(8 * all_rows * n) * 4);
     for (int64_t row = 0; row < all_rows; row++) {
         const float *from = a->q + b * a->q_strides[0] + row / a->queries * a->q_strides[1] +
                             row % a->queries * a->q_strides[2];
@@ -1184,34 +1272,37 @@ static void begin(const attention *a, state *s, int64_t b) {
     }
 }
 
+INLINE int64_t tile_width(const side *s) { return 16 * (ABREAST == 2 ? s->kept : s->pairs); }
+
 /* Queries in the order of the key's plan of a head. */
-static void pack_queries(const attention *a, state *s, const coded_side *c, int64_t head) {
+static void pack_queries(const attention *a, state *s, const side *keys, int64_t head) {
     int64_t n = padded_of(a), rows = rows_of(a);
     for (int64_t row = head * rows; row < (head + 1) * rows; row++) {
-        for (int32_t half = 0; half < 2 * c->s->vectors; half++) {
-            float *to = s->packed + row * n + 8 * half;
-            int g = c->s->group[half];
-            if (g < 0) {
-                memset(to, 0, 32);
-            } else {
-                memcpy(to, s->turned + row * n + 8 * g, 32);
+        float *to = s->packed + row * 2 * n;
+        memset(to, 0, (size_t)n * 8);
+        for (int32_t half = 0; half < 2 * keys->pairs; half++) {
+            int g = keys->group[half];
+            for (int i = 0; g >= 0 && i < GROUP * ABREAST; i++) {
+                to[i] = s->turned[row * n + GROUP * g + i / ABREAST];
             }
+            to += ABREAST == 2 && g < 0 ? 0 : GROUP * ABREAST;
         }
     }
 }
 
 /* Sums in the order of the value's plan of a head to where they belong, and away. */
-static void place_sums(const attention *a, state *s, const coded_side *c, int64_t head) {
+static void place_sums(const attention *a, state *s, const side *values, int64_t head) {
     int64_t n = padded_of(a), rows = rows_of(a);
     for (int64_t row = head * rows; row < (head + 1) * rows; row++) {
-        for (int32_t half = 0; half < 2 * c->s->vectors; half++) {
-            const float *from = s->part + row * n + 8 * half;
-            int g = c->s->group[half];
-            for (int i = 0; g >= 0 && i < 8; i++) {
-                s->coded[row * n + 8 * g + i] += from[i];
+        const float *from = s->part + row * 2 * n;
+        for (int32_t half = 0; half < 2 * values->pairs; half++) {
+            int g = values->group[half];
+            for (int i = 0; g >= 0 && i < GROUP * ABREAST; i++) {
+                s->coded[row * n + GROUP * g + i / ABREAST] += from[i];
             }
+            from += ABREAST == 2 && g < 0 ? 0 : GROUP * ABREAST;
         }
-        memset(s->part + row * n, 0, (size_t)n * 4);
+        memset(s->part + row * 2 * n, 0, (size_t)n * 8);
     }
 }
 
@@ -1221,18 +1312,17 @@ static void add_coded_tile(const attention *a, state *s, const row_code *code,
     get_scales(code, rows_at, stride, count, s->scale);
     for (int64_t h = 0; h < a->heads; h++) {
         coded_side keys = coded_side_of(code, 0, h), values = coded_side_of(code, 1, h);
-        float *sums = s->part + h * rows * n;
+        float *sums = s->part + h * rows * 2 * n;
         unpack(&keys, rows_at, stride, count, s->tile);
-        dots(s->tile, 16 * keys.s->vectors, count, s->packed + h * rows * n, n, rows,
-             16 * keys.s->vectors, s->score, TILE);
+        coded_dots(s->tile, count, s->packed + h * rows * 2 * n, 2 * n, rows, tile_width(keys.s),
+                   s->score);
         for (int64_t r = 0; r < rows; r++) {
             const float *scale = s->scale + h * TILE;
             seen what = {scale, scale + a->heads * TILE, 0, count};
             soften(a, s, h * rows + r, s->score + r * TILE, what);
         }
         unpack(&values, rows_at, stride, count, s->tile);
-        add(s->tile, 16 * values.s->vectors, count, s->score, TILE, rows,
-            16 * values.s->vectors, sums, n);
+        coded_add(s->tile, count, s->score, rows, tile_width(values.s), sums, 2 * n);
     }
 }
 
@@ -1284,8 +1374,7 @@ static void add_segment(const attention *a, state *s, const segment *g, int64_t 
                         int64_t to) {
     const uint8_t *rows = g->rows + b * g->batch_stride;
     for (int64_t h = 0; g->code && h < a->heads; h++) {
-        coded_side keys = coded_side_of(g->code, 0, h);
-        pack_queries(a, s, &keys, h);
+        pack_queries(a, s, side_of(g->code, 0, h), h);
     }
     for (int64_t t = from; t < to; t += TILE) {
         int64_t count = to - t < TILE ? to - t : TILE;
@@ -1296,8 +1385,7 @@ static void add_segment(const attention *a, state *s, const segment *g, int64_t 
         }
     }
     for (int64_t h = 0; g->code && h < a->heads; h++) {
-        coded_side values = coded_side_of(g->code, 1, h);
-        place_sums(a, s, &values, h);
+        place_sums(a, s, side_of(g->code, 1, h), h);
     }
 }
 
