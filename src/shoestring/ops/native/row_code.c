@@ -906,14 +906,28 @@ INLINE vec weights_at(const int abreast, const float *weight, int64_t t) {
     return all(weight[t]);
 }
 
+/* In a register: read once, not once for each product. */
+#ifdef WITH_AVX512
+#define HOLD(x) __asm__("" : "+v"(x))
+#elif defined(WITH_AVX2)
+#define HOLD(x) __asm__("" : "+x"(x))
+#else
+#define HOLD(x) (void)0
+#endif
+
 /* Products of four neighbours with some rows, still spread over the lanes. */
 INLINE void four_dots(const int rows, const float *x, int64_t x_stride, const float *q,
                       int64_t q_stride, int64_t n, vec sum[4][4]) {
     for (int64_t k = 0; k < n; k += LANES) {
         vec a = load(x + k), b = load(x + k + x_stride);
         vec c = load(x + k + 2 * x_stride), d = load(x + k + 3 * x_stride);
+        HOLD(a);
+        HOLD(b);
+        HOLD(c);
+        HOLD(d);
         UNROLLED for (int r = 0; r < rows; r++) {
             vec each = load(q + r * q_stride + k);
+            HOLD(each);
             sum[r][0] += a * each;
             sum[r][1] += b * each;
             sum[r][2] += c * each;
@@ -950,7 +964,10 @@ INLINE void add_vectors(const int rows, const int vectors, const int abreast, co
     }
     for (int64_t t = 0; t < count; t++) {
         vec each[4];
-        UNROLLED for (int k = 0; k < vectors; k++) { each[k] = load(x + t * x_stride + k * LANES); }
+        UNROLLED for (int k = 0; k < vectors; k++) {
+            each[k] = load(x + t * x_stride + k * LANES);
+            HOLD(each[k]);
+        }
         UNROLLED for (int r = 0; r < rows; r++) {
             vec w = weights_at(abreast, weight + r * weight_stride, t);
             UNROLLED for (int k = 0; k < vectors; k++) { sum[r][k] += each[k] * w; }
