@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from . import native
 
-# B batch, H heads of keys and values, G query heads for each, m queries, n tokens, d width of a head
+# B batch, H heads of keys and values, G query heads for each, m queries, n rows, d a head's width
 
 FINE, NOT_FINITE, NO_HALF = 0, 1, 2
 """What `encode` and `recode` return: done, NaN or infinity, a scale beyond half precision."""

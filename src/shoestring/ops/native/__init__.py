@@ -59,12 +59,18 @@ class _CannotError(Exception):
     """Says why there is no library."""
 
 
+# RuntimeError: of a user without a home. AttributeError: of a library without our functions.
+_EXPECTED = (
+    _CannotError, OSError, subprocess.SubprocessError, ValueError, RuntimeError, AttributeError
+)  # fmt: skip
+
+
 def _outcome(flags: tuple[str, ...]) -> ctypes.CDLL | str:
     with _lock:
         if flags not in _found:
             try:
                 _found[flags] = _loaded(flags)
-            except (_CannotError, OSError, subprocess.SubprocessError, ValueError) as error:
+            except _EXPECTED as error:
                 _found[flags] = str(error) or type(error).__name__
         return _found[flags]
 
@@ -72,8 +78,8 @@ def _outcome(flags: tuple[str, ...]) -> ctypes.CDLL | str:
 def _loaded(flags: tuple[str, ...]) -> ctypes.CDLL:
     if os.environ.get("SHOESTRING_NATIVE") == "0":
         raise _CannotError("switched off by SHOESTRING_NATIVE=0")
-    if ctypes.sizeof(ctypes.c_void_p) != 8:
-        raise _CannotError("kernels need pointers of 8 bytes")
+    if ctypes.sizeof(ctypes.c_void_p) != 8 or os.name != "posix":
+        raise _CannotError("kernels are for POSIX and pointers of 8 bytes")
     compiler = _compiler()
     version = _run([*compiler, "--version"]).stdout
     folder, source = _folder(), SOURCE.read_bytes()
@@ -87,7 +93,9 @@ def _loaded(flags: tuple[str, ...]) -> ctypes.CDLL:
             if done.returncode:
                 said = said or done.stderr.decode(errors="replace").strip()[:500]
                 continue
-        return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
+        _ = library.row_code_level  # it is what it should be
+        return library
     raise _CannotError(f"{compiler[0]} does not compile {SOURCE.name}: {said}")
 
 
