@@ -7,6 +7,7 @@ nats saved for a byte is the best there is, for all tiers, layers, heads and gro
 (Shoham and Gersho, 1988).
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..errors import ConfigError, ShoestringError
-from ..ops.row_code import GROUP, RowCode, error
+from ..ops.row_code import GROUP, RowCode, error, padded
 from ..units import parse_bytes
 from .calibration import BANDS, Calibration, stretched
 from .config import numbers, shapes
@@ -31,6 +32,8 @@ LEAST_WIDTH = 3
 LEAST_BITS = 0.5
 """Of a number in the last tier; with less, a context is hardly one."""
 MOST_BITS = 8
+SCALE_BYTES = (2, 2, 2, 1)
+"""Of a calibrated tier's scales: far coordinates have few levels, in which a coarse one is lost."""
 SHORT_WINDOW = 32
 """Exact tokens where a budget is to be met without a calibration."""
 KEYS_TO_VALUES = 8.0
@@ -81,43 +84,15 @@ def budget_forms(
     if not isinstance(context, int) or context <= SHORT_WINDOW:
         raise ConfigError(f"context = {context!r}", expected=f"more than {SHORT_WINDOW} tokens")
     total = bytes_a_token(budget, config) * context
-    widths = shapes(config)
     if calibration is None:
-        bands: tuple[int, ...] = (SHORT_WINDOW,)
-        exact = SHORT_WINDOW
-        weights = [_guessed(heads, width) for heads, width in widths]
-        turns = [random_turn(heads, width, seed) for heads, width in widths]
-        scale_bytes = [2]
+        parts = _plain_parts(config, context, seed)
     else:
-        bands, exact = tuple(low for low in BANDS if low < context), 0
-        weights = [
-            stretched(each, calibration.row, context)[: len(bands)] for each in calibration.weights
-        ]
-        turns = [calibration.turn(layer) for layer in range(len(widths))]
-        scale_bytes = [
-            2,
-            2,
-            2,
-            1,
-        ]  # far coordinates have few levels; a coarse scale is lost in them
-    tokens = [high - low for low, high in zip(bands, (*bands[1:], context), strict=True)]
-    rooms = [room_for(count) if last else count for count, last in _with_last(tokens)]
-
-    def forms(bits: list[list[Tensor]]) -> list[LayerForm]:
-        found = []
-        for layer, (heads, width) in enumerate(widths):
-            tiers = [Tier(exact, None)] if exact else []
-            for tier, (count, last) in enumerate(_with_last(tokens)):
-                weight = weights[layer][tier].double().clamp_min(1e-12)
-                code = RowCode(bits[layer][tier], weight, scale_bytes[tier])
-                tiers.append(Tier(None if last else count, code))
-            found.append(LayerForm(heads, width, turns[layer], tuple(tiers), sinks, bool(exact)))
-        return found
-
-    none = [[torch.zeros_like(w, dtype=torch.uint8) for w in each] for each in weights]
-    fixed = sum(layer_bytes(form, context, 1, dtype) for form in forms(none))
-    groups = sum(each[0].numel() for each in weights)
-    least = fixed + sum(rooms) * groups * GROUP * LEAST_BITS / 8
+        parts = _calibrated_parts(config, context, calibration)
+    none = [[torch.zeros_like(w, dtype=torch.uint8) for w in each] for each in parts.weights]
+    empty = _forms(parts, config, sinks, none)
+    fixed = sum(layer_bytes(form, context, 1, dtype) for form in empty)
+    groups = sum(each[0].numel() for each in parts.weights)
+    least = fixed + sum(parts.rooms) * groups * GROUP * LEAST_BITS / 8
     if total < least:
         raise ConfigError(
             f"a budget of {total / context:.0f} bytes a token over {context} tokens",
@@ -126,7 +101,62 @@ def budget_forms(
             hint="Take a longer context to spread them over"
             + (", or a calibration." if calibration is None else "."),
         )
-    return forms(allocate(weights, rooms, total - fixed))
+    return _forms(parts, config, sinks, allocate(parts.weights, parts.rooms, total - fixed))
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a form is made of, but for the bits. weights: of each layer (tiers, 2, H, g); turns: of
+    each layer; tokens: of each coded tier, in a context; exact: tokens before them."""
+
+    weights: list[Tensor]
+    turns: list[Turn]
+    tokens: list[int]
+    scale_bytes: tuple[int, ...]
+    exact: int
+
+    @property
+    def rooms(self) -> list[int]:
+        """Tokens that each coded tier has room for; the last is not bounded, and grows."""
+        return [*self.tokens[:-1], room_for(self.tokens[-1])]
+
+
+def _calibrated_parts(
+    config: PreTrainedConfig, context: int, calibration: Calibration
+) -> _Parts:  # fmt: skip
+    bands = [low for low in BANDS if low < context]
+    tokens = [high - low for low, high in zip(bands, (*bands[1:], context), strict=True)]
+    weights = [
+        stretched(each, calibration.row, context)[: len(bands)] for each in calibration.weights
+    ]
+    turns = [calibration.turn(layer) for layer in range(len(shapes(config)))]
+    return _Parts(weights, turns, tokens, SCALE_BYTES, 0)
+
+
+def _plain_parts(config: PreTrainedConfig, context: int, seed: int) -> _Parts:
+    """Keys count more than values, all else alike; a mean needs some exact tokens."""
+    weights, turns = [], []
+    for heads, width in shapes(config):
+        weight = torch.ones(1, 2, heads, padded(width) // GROUP)
+        weight[:, 0] = KEYS_TO_VALUES
+        weights.append(weight)
+        turns.append(random_turn(heads, width, seed))
+    return _Parts(weights, turns, [context - SHORT_WINDOW], (2,), SHORT_WINDOW)
+
+
+def _forms(
+    parts: _Parts, config: PreTrainedConfig, sinks: int, bits: list[list[Tensor]]
+) -> list[LayerForm]:  # fmt: skip
+    found = []
+    rooms = [*parts.tokens[:-1], None]
+    for layer, (heads, width) in enumerate(shapes(config)):
+        tiers = [Tier(parts.exact, None)] if parts.exact else []
+        for tier, room in enumerate(rooms):
+            weight = parts.weights[layer][tier].double().clamp_min(1e-12)
+            tiers.append(Tier(room, RowCode(bits[layer][tier], weight, parts.scale_bytes[tier])))
+        turn, centre = parts.turns[layer], parts.exact > 0
+        found.append(LayerForm(heads, width, turn, tuple(tiers), sinks, centre))
+    return found
 
 
 def allocate(weights: list[Tensor], tokens: list[int], total: float) -> list[list[Tensor]]:
@@ -181,14 +211,3 @@ def check_count(name: str, count: object) -> None:
     """ConfigError for what is no count of tokens."""
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ConfigError(f"{name} = {count!r}", expected="a count of tokens, 0 or more")
-
-
-def _guessed(heads: int, width: int) -> Tensor:
-    """Weights (1, 2, H, g) without a calibration: keys more than values, else alike."""
-    found = torch.ones(1, 2, heads, -(-width // GROUP))
-    found[:, 0] = KEYS_TO_VALUES
-    return found
-
-
-def _with_last(items: list[int]) -> list[tuple[int, bool]]:
-    return [(item, index == len(items) - 1) for index, item in enumerate(items)]
