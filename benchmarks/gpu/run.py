@@ -1,9 +1,10 @@
 """What does the GPU path keep of its promises, and what does it cost?
 
-Three parts: exactness on the device (torch.equal), predicted against measured peak
-(`max_memory_allocated`) for random-weight Llama shapes, and peak with tokens/s beside peers
-(Hugging Face gradient checkpointing, eager and under torch.compile). Writes
-results/<device>.json; a run that does not fit or fails is a result too.
+Four parts: exactness on the device (torch.equal), predicted against measured peak
+(`max_memory_allocated`) for random-weight Llama shapes, peak with tokens/s beside peers
+(Hugging Face gradient checkpointing, eager and under torch.compile), and the compressed context:
+what a model says through it against the CPU's, its bytes, and the time of a step beside the plain
+cache's. Writes results/<device>.json; a run that does not fit or fails is a result too.
 """
 
 import argparse
@@ -22,12 +23,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from shoestring.methods import apply_spans, method
 from shoestring.methods.reversible import ReversibleStack, reversible
 from shoestring.models.gpt import GPT, GPTConfig
 from shoestring.planner import simulate
+from shoestring.serve import CompressedCache, calibrate
 from shoestring.stack import Span, Stack
 
 HERE = Path(__file__).parent
@@ -187,6 +189,45 @@ def measure(shape: dict[str, int], arm: str, rows: int, length: int, steps: int)
     return row
 
 
+@torch.no_grad()
+def context(size: str, tokens: int, steps: int) -> dict[str, Any]:
+    """A calibrated cache on the device: logits against the CPU's at a tiny size, then bytes and
+    milliseconds a step at `size`."""
+    said = []
+    torch.manual_seed(0)
+    tiny = LlamaForCausalLM(LlamaConfig(**LLAMA["tiny"])).eval()
+    ids = torch.randint(0, 512, (2, 400))
+    made = calibrate(tiny, ids)
+    for device in ("cpu", DEVICE):
+        model = copy.deepcopy(tiny).to(device)
+        cache = CompressedCache(model, budget="5bits", context=2048, calibration=made)
+        pieces = [model(x.to(device), past_key_values=cache).logits for x in ids.split(50, dim=1)]
+        said.append(torch.cat(pieces, dim=1).cpu())
+    found: dict[str, Any] = {"furthest_logit": float((said[0] - said[1]).abs().max())}
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA[size])).eval().bfloat16()
+    ids = torch.randint(0, LLAMA[size]["vocab_size"], (1, tokens), device=DEVICE)
+    makers = {
+        "plain": lambda: DynamicCache(config=model.config),
+        "ours 4/2": lambda: CompressedCache(model, key_bits=4, value_bits=2),
+    }
+    for name, make in makers.items():
+        cache = make()
+        for piece in ids.split(512, dim=1):
+            model(piece, past_key_values=cache, logits_to_keep=1)
+        times = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            logits = model(ids[:, :1], past_key_values=cache).logits
+            float(logits.flatten()[0])  # waits for the device
+            times.append(time.perf_counter() - started)
+        held = getattr(cache, "nbytes", None) or sum(
+            x.nbytes for layer in cache.layers for x in (layer.keys, layer.values)
+        )
+        found[name] = {"milliseconds": 1000 * statistics.median(times), "bytes": held / tokens}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, seconds")
@@ -203,6 +244,8 @@ def main() -> None:
         "exactness": exactness(),
         "rows": [],
     }
+    result["context"] = context("tiny" if arguments.smoke else "1B", 600, 8)
+    print(f"context {json.dumps(result['context'])}")
     for check, same in result["exactness"].items():
         print(f"{'equal' if same else 'DIFFERS':8} {check}")
     sizes = [("tiny", 2, 64, 3)] if arguments.smoke else [("1B", 4, 4096, 8), ("8B", 1, 4096, 6)]
