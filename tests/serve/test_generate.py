@@ -99,6 +99,16 @@ def test_left_padded_rows_are_what_they_are_alone(model, settings):
         assert torch.equal(together[row, pad:], alone[0])
 
 
+def test_inference_mode_is_as_good_as_no_gradients(model):
+    prompt, found = ids(2, 60), []
+    mask = torch.ones_like(prompt)
+    prompt[1, :5], mask[1, :5] = 0, 0
+    for scope in (torch.no_grad, torch.inference_mode):
+        with scope():
+            found.append(greedy(model, prompt, CompressedCache(model, **SHORT), attention_mask=mask))
+    assert torch.equal(*found)
+
+
 def test_a_beam_scores_what_its_tokens_do_by_themselves(model):
     prompt, new = ids(2, 40), 30
     cache, other = (CompressedCache(model, **SHORT) for _ in range(2))

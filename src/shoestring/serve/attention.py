@@ -216,7 +216,8 @@ def _is_plain(mask: Tensor | None, layer: CompressedLayer, m: int, n: int) -> bo
         return False  # where rows begin is not known yet
     if mask is None:
         return True
-    key = (tuple(layer.starts), m, n, mask._version)
+    # Tensors of inference mode have no version.
+    key = (tuple(layer.starts), m, n, 0 if mask.is_inference() else mask._version)
     seen = _SEEN.get("last")
     if seen is not None and seen[0]() is mask and seen[1] == key:
         return bool(seen[2])
