@@ -302,13 +302,17 @@ int64_t row_code_prepare(void *room, int64_t heads, int64_t width, int64_t scale
 
 /* ---- encode, recode, decode ----------------------------------------------------------------- */
 
-/* The number of edges below u. */
-INLINE unsigned find(const double *edge, int bits, double u) {
-    unsigned code = 0;
-    for (unsigned step = 1u << (bits - 1); step; step >>= 1) {
-        code += edge[code + step - 1] < u ? step : 0;
+/* The numbers of edges below 8 numbers. In step, so that none waits for another. */
+static void find(const double *edge, int bits, const double *u, uint32_t *code) {
+    for (int i = 0; i < GROUP; i++) {
+        code[i] = 0;
     }
-    return code;
+    for (int bit = bits - 1; bit >= 0; bit--) {
+        const double *middle = edge + (1 << bit) - 1;
+        for (int i = 0; i < GROUP; i++) {
+            code[i] |= (uint32_t)(middle[code[i]] < u[i]) << bit;
+        }
+    }
 }
 
 static int put_scale(const row_code *code, double scale, uint8_t *to) {
@@ -363,14 +367,20 @@ static int encode_vector(const row_code *code, int which, int64_t head, const do
     }
     for (int64_t g = 0; g < groups; g++) {
         uint64_t word = 0;
-        double before = 0.0, after = 0.0;
-        for (int i = 0; bits[g] && i < GROUP; i++) {
-            double u = small ? 0.0 : z[g * GROUP + i] / size;
-            unsigned found = find(edges(code, bits[g]), bits[g], u);
-            double c = levels(code, bits[g])[found];
-            before += u * u;
+        uint32_t found[GROUP];
+        double u[GROUP], before = 0.0, after = 0.0;
+        if (!bits[g]) {
+            continue;
+        }
+        for (int i = 0; i < GROUP; i++) {
+            u[i] = small ? 0.0 : z[g * GROUP + i] / size;
+        }
+        find(edges(code, bits[g]), bits[g], u, found);
+        for (int i = 0; i < GROUP; i++) {
+            double c = levels(code, bits[g])[found[i]];
+            before += u[i] * u[i];
             after += c * c;
-            word |= (uint64_t)found << i * bits[g];
+            word |= (uint64_t)found[i] << i * bits[g];
         }
         was += weights[g] * before;
         comes += weights[g] * after;
@@ -483,10 +493,13 @@ static int recode_row(const row_code *from, const row_code *to, const uint8_t *r
             const side *s = side_of(from, which, head);
             const uint8_t *bits = bits_of(from, which, head);
             double scale = get_scale(from, s, row);
-            for (int64_t i = 0; i < from->width; i++) {
-                int b = bits[i / GROUP];
-                uint64_t word = get_word(row + s->start + s->offset[i / GROUP], b);
-                z[i] = b ? scale * levels(from, b)[word >> i % GROUP * b & ((1u << b) - 1)] : 0.0;
+            for (int64_t g = 0; g < from->width / GROUP; g++) {
+                uint64_t word = get_word(row + s->start + s->offset[g], bits[g]);
+                const double *level = levels(from, bits[g]); /* one zero for 0 bits */
+                for (int i = 0; i < GROUP; i++) {
+                    z[g * GROUP + i] =
+                        scale * level[word >> i * bits[g] & ((1u << bits[g]) - 1)];
+                }
             }
             int wrong = encode_vector(to, which, head, z, out);
             if (wrong) {
@@ -519,8 +532,7 @@ static void decode_vector(const row_code *code, int which, int64_t head, const u
         uint64_t word = get_word(row + s->start + s->offset[g], bits[g]);
         const float *level = levels32(code, bits[g]);
         for (int i = 0; i < GROUP; i++) {
-            to[g * GROUP + i] =
-                bits[g] ? scale * level[word >> i * bits[g] & ((1u << bits[g]) - 1)] : 0.0f;
+            to[g * GROUP + i] = scale * level[word >> i * bits[g] & ((1u << bits[g]) - 1)];
         }
     }
 }
