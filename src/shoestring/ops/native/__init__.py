@@ -1,11 +1,11 @@
 """Kernels in C, compiled where they run, with the system's compiler, when first asked for.
 
-`library()` is the compiled `row_code.c`, or None: then `reason()` says why, and what calls it
-computes without. Nothing here raises; no compiler is no mistake. `SHOESTRING_NATIVE=0` turns it
-off, `CC` names another compiler.
+`library()` is what is compiled of the sources here, or None: then `reason()` says why, and what
+calls it computes without. Nothing here raises; no compiler is no mistake. `SHOESTRING_NATIVE=0`
+turns it off, `CC` names another compiler.
 
 What was compiled is kept in `$XDG_CACHE_HOME/shoestring` (`~/.cache/shoestring`), under a hash of
-the source, the flags, the compiler and the processor, so that a home shared by machines holds one
+the sources, the flags, the compiler and the processor, so that a home shared by machines holds one
 for each. It is written whole or not at all, and carries its own checksum: what was cut short is
 compiled anew rather than run. The folder has to be the user's alone: code that others could have
 written is not loaded.
@@ -24,7 +24,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("row_code.c")
+_SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".c", ".h"))
 _ALWAYS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-shared", "-fPIC")
 _TRIED = (
     ("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",),
@@ -82,7 +82,7 @@ def _loaded(flags: tuple[str, ...]) -> ctypes.CDLL:
         raise _CannotError("kernels are for POSIX and pointers of 8 bytes")
     compiler = _compiler()
     version = _run([*compiler, "--version"]).stdout
-    folder, source = _folder(), SOURCE.read_bytes()
+    folder, source = _folder(), b"|".join(path.read_bytes() for path in _SOURCES)
     said = ""
     for tried in _TRIED:
         all_flags = (*_ALWAYS, *tried, *flags)
@@ -96,7 +96,7 @@ def _loaded(flags: tuple[str, ...]) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
         _ = library.row_code_level  # it is what it should be
         return library
-    raise _CannotError(f"{compiler[0]} does not compile {SOURCE.name}: {said}")
+    raise _CannotError(f"{compiler[0]} does not compile the kernels: {said}")
 
 
 def _compiler() -> list[str]:
@@ -169,7 +169,8 @@ def _compile(words: list[str], path: Path) -> subprocess.CompletedProcess[bytes]
     os.close(handle)
     at = Path(made)
     try:
-        done = _run([*words, str(SOURCE), "-o", made, "-lm"])
+        sources = [str(source) for source in _SOURCES if source.suffix == ".c"]
+        done = _run([*words, *sources, "-o", made, "-lm"])
         if done.returncode == 0:
             content = at.read_bytes()
             if not content:
