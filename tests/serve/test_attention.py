@@ -1,5 +1,9 @@
 """Attention over codes: against attention over everything decoded, and what a mean key changes."""
 
+import importlib.util
+import os
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -161,3 +165,20 @@ def test_what_runs_is_said(monkeypatch):
     monkeypatch.setattr(row_kernel, "available", lambda: False)
     monkeypatch.setattr(coding.native, "reason", lambda: "no C compiler")
     assert coding.in_use() == "torch (no C compiler)"
+
+
+def test_triton_attends_as_torch_does(monkeypatch):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton was imported before it could be interpreted")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from shoestring.serve.attention import _by_triton
+
+    keys, values = torch.randn(2, 2, 2, 90, 24) + 0.5
+    mask, query = causal(2, 90, (0, 30)), torch.randn(2, 6, 1, 24)
+    for form in (plain, graded):
+        layer = layer_of(keys, values, mask, form=form)
+        found = _by_triton(query, layer, layer.parts(), 0.3)
+        wanted = attended_ref(query, layer, mask[:, :, -1:], 0.3)
+        assert (found - wanted).abs().max() < 1e-5

@@ -105,7 +105,9 @@ def test_inference_mode_is_as_good_as_no_gradients(model):
     prompt[1, :5], mask[1, :5] = 0, 0
     for scope in (torch.no_grad, torch.inference_mode):
         with scope():
-            found.append(greedy(model, prompt, CompressedCache(model, **SHORT), attention_mask=mask))
+            found.append(
+                greedy(model, prompt, CompressedCache(model, **SHORT), attention_mask=mask)
+            )
     assert torch.equal(*found)
 
 

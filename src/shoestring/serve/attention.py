@@ -15,6 +15,7 @@ model may stay attached.
 """
 
 import weakref
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -25,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import ConfigError, StackError
 from ..ops import row_kernel
+from ..ops.row_code import RowCode
 from . import coding
 from .config import PLAIN
 from .layer import PAYLOAD, CompressedLayer, Part, split
@@ -164,6 +166,8 @@ def attend(query: Tensor, layer: CompressedLayer, mask: Tensor | None, scaling: 
     exact = [part for part in parts if part.code is None]
     if coded and m <= FEW and coding.kernel_takes(keys) and _is_plain(mask, layer, m, n):
         return _by_kernel(query, layer, parts, scaling)
+    if coded and m == 1 and query.is_cuda and coding.has_triton() and _is_plain(mask, layer, m, n):
+        return _by_triton(query, layer, parts, scaling)
     if mask is None and m > 1:
         mask = torch.ones(m, n, dtype=torch.bool, device=query.device).tril(n - m)[None, None]
     if not coded:
@@ -189,24 +193,59 @@ def _by_kernel(
     assert layer.fresh is not None
     assert layer.sinks is not None
     _, inverse = layer.form.turn.to(query.device)
-    mean = layer.mean()
-    basis = row_kernel.Basis(inverse, (layer.form.turn.no_mean() if mean is None else mean).float())
-    begins = [start + layer.form.sinks for start in layer.starts]
-    segments, oldest = [], max(begins)
-    for part in parts:
-        count, visible = part.rows.shape[1], None
-        if oldest > part.first:
-            from_ = [[min(max(begin - part.first, 0), count), count] for begin in begins]
-            visible = torch.tensor(from_)
-        code = None if part.code is None else coding.kernel_code(part.code)
-        segments.append(row_kernel.Segment(code, part.rows, visible))
-    if layer.form.sinks:
-        there = torch.tensor([[0, count] for count in layer.sinks_there()])
-        segments.append(row_kernel.Segment(None, layer.sinks, there))
+    basis = row_kernel.Basis(inverse, _mean_or_zeros(layer))
+    segments = [
+        row_kernel.Segment(None if code is None else coding.kernel_code(code), rows, visible)
+        for code, rows, visible in _segments(layer, parts)
+    ]
     out = row_kernel.attend(
         query.float(), *layer.fresh, segments, basis, scaling, threads=torch.get_num_threads()
     )
     return out.to(query.dtype).transpose(1, 2)
+
+
+def _by_triton(
+    query: Tensor, layer: CompressedLayer, parts: list[Part], scaling: float
+) -> Tensor:  # fmt: skip
+    from ..ops import row_triton
+
+    assert layer.fresh is not None
+    _, inverse = layer.form.turn.to(query.device)
+    segments = [
+        row_triton.TritonSegment(
+            None if code is None else coding.triton_code(code, query.device), rows, visible
+        )
+        for code, rows, visible in _segments(layer, parts)
+    ]
+    out = row_triton.attend(
+        query.float(), *layer.fresh, segments, inverse, _mean_or_zeros(layer), scaling
+    )
+    return out.to(query.dtype).transpose(1, 2)
+
+
+def _segments(
+    layer: CompressedLayer, parts: list[Part]
+) -> Iterator[tuple[RowCode | None, Tensor, Tensor | None]]:
+    """Code, rows, and which of them each batch row sees (B, 2), None for all: not padding, and
+    sinks apart."""
+    assert layer.sinks is not None
+    begins = [start + layer.form.sinks for start in layer.starts]
+    oldest = max(begins)
+    for part in parts:
+        count, visible = part.rows.shape[1], None
+        if oldest > part.first:
+            seen = [[min(max(begin - part.first, 0), count), count] for begin in begins]
+            visible = torch.tensor(seen, device=part.rows.device)
+        yield part.code, part.rows, visible
+    if layer.form.sinks:
+        there = [[0, count] for count in layer.sinks_there()]
+        yield None, layer.sinks, torch.tensor(there, device=layer.sinks.device)
+
+
+def _mean_or_zeros(layer: CompressedLayer) -> Tensor:
+    """(2, B or 1, H, d) float32."""
+    mean = layer.mean()
+    return (layer.form.turn.no_mean().to(layer.device) if mean is None else mean).float()
 
 
 def _is_plain(mask: Tensor | None, layer: CompressedLayer, m: int, n: int) -> bool:
@@ -223,9 +262,9 @@ def _is_plain(mask: Tensor | None, layer: CompressedLayer, m: int, n: int) -> bo
         return bool(seen[2])
     plain = mask.dtype == torch.bool and mask.shape[1] == 1
     if plain:
-        slots = torch.arange(n)
-        wanted = slots >= torch.tensor(layer.starts)[:, None, None]
-        wanted = wanted & (slots <= torch.arange(n - m, n)[:, None])
+        slots = torch.arange(n, device=mask.device)
+        wanted = slots >= torch.tensor(layer.starts, device=mask.device)[:, None, None]
+        wanted = wanted & (slots <= slots[n - m :, None])
         plain = bool((mask[:, 0] == wanted).all())
     _SEEN["last"] = (weakref.ref(mask), key, plain)
     return plain

@@ -4,6 +4,9 @@ By the compiled kernel where there is one and it takes what is given, else by to
 the same.
 """
 
+import importlib.util
+from functools import cache
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,15 +17,20 @@ from ..ops import native, row_kernel
 from ..ops.row_code import RowCode, coefficients
 from .form import Turn
 
+if TYPE_CHECKING:
+    from ..ops.row_triton import TritonCode
+
 # B batch, H heads, t tokens, d width of a head, D of its codes
 
 _KERNELS: WeakKeyDictionary[RowCode, row_kernel.KernelCode] = WeakKeyDictionary()
+_TRITON: WeakKeyDictionary[RowCode, dict[torch.device, "TritonCode"]] = WeakKeyDictionary()
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEVELS = ("plain C", "AVX2", "AVX-512", "AVX-512")
 
 
 def in_use() -> str:
-    """What attends over codes on the CPU here, and why if it is not the compiled kernel."""
+    """What attends over codes on the CPU here, and why if it is not the compiled kernel. On a CUDA
+    device it is Triton's, where that is installed, else torch."""
     if row_kernel.available():
         return f"compiled kernel ({_LEVELS[row_kernel.level()]})"
     return f"torch ({native.reason()})"
@@ -48,6 +56,22 @@ def kernel_code(code: RowCode) -> row_kernel.KernelCode:
             code.bits, code.weights, code.scale_bytes, coefficients()
         )
     return found
+
+
+@cache
+def has_triton() -> bool:
+    """Whether attention over codes on a CUDA device can be Triton's."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+def triton_code(code: RowCode, device: torch.device) -> "TritonCode":
+    """The same, as the Triton kernel needs it; made once."""
+    from ..ops.row_triton import TritonCode
+
+    found = _TRITON.setdefault(code, {})
+    if device not in found:
+        found[device] = TritonCode.of(code.bits, code.scale_bytes, coefficients(), device)
+    return found[device]
 
 
 def encode(
