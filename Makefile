@@ -18,7 +18,7 @@ ARGS   ?=
 TUNED   = env $$($(BIN)/python -c "from shoestring.allocator import tuned_environment as t; \
 	print(*(f'{k}={v}' for k, v in t().items()))")
 
-.PHONY: setup demo test test-slow lint types imports bench-smoke wheel clean
+.PHONY: setup demo test test-slow test-triton lint types imports bench-smoke wheel clean
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -42,6 +42,13 @@ test: $(STAMP)
 # What takes longer: the examples, groups of processes, more kills and full disks.
 test-slow: $(STAMP)
 	@$(TUNED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow $(ARGS)
+
+# Kernels in Triton, by its interpreter on the CPU; apart, since Triton takes a gigabyte.
+TRITON := $(VENV)/triton
+test-triton: $(STAMP)
+	@test -d $(TRITON) || $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON) triton==3.9.0
+	@env TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -n 0 -k triton \
+		tests/ops/test_row_triton.py tests/serve/test_attention.py $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
