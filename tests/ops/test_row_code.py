@@ -92,3 +92,10 @@ def test_codes_that_cannot_be_are_refused():
         RowCode(torch.ones(2, 1, 1))
     with pytest.raises(ConfigError, match="scales of 4 bytes"):
         RowCode(torch.ones(2, 1, 1, dtype=torch.uint8), scale_bytes=4)
+
+
+def test_one_row_of_an_odd_number_of_bytes_is_read():
+    bits = torch.tensor([3, 4], dtype=torch.uint8).view(2, 1, 1)
+    code, z = RowCode(bits), torch.randn(1, 2, 1, 1, 8, dtype=torch.float64)
+    _, back = row_ref(code, z[0, :, :, 0])
+    assert torch.allclose(code.decode(code.encode(z), torch.float64)[0, :, :, 0], back)

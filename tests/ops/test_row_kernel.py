@@ -495,3 +495,26 @@ def test_rows_that_do_not_fit_are_refused():
         Segment(code, rows, torch.zeros(1, 2))
     with pytest.raises(ConfigError, match="heads"):
         recode(rows, code, rows, Code(2, 64, 2, g).kernel)
+
+
+@pytest.mark.parametrize("scale_bytes", [1, 2])
+@pytest.mark.parametrize("count", [1, 3, 33, 63, 65])
+def test_what_lies_in_new_memory_does_not_matter(monkeypatch, count, scale_bytes):
+    heads, width = 2, 64
+    code = KernelCode(torch.full((2, heads, 8), 3, dtype=torch.uint8), None, scale_bytes, P)
+    buffer = torch.zeros(count * code.row_bytes + 16, dtype=torch.uint8)
+    rows = buffer[: count * code.row_bytes].view(1, count, -1)
+    keys, values, own = torch.randn(3, 1, heads, count, width)
+    eye = torch.eye(width, dtype=torch.float64).expand(2, heads, width, width).contiguous()
+    encode(keys, values, eye, torch.zeros(2, 1, heads, width).double(), code, rows)
+    basis = Basis(eye.float(), torch.zeros(2, 1, heads, width))
+    new = own[:, :, :1].contiguous()
+    given = new, new, new, [Segment(code, rows)], basis, 0.1
+    wanted, real = attend(*given), torch.empty
+
+    def dirty(*shape, **settings):
+        made = real(*shape, **settings)
+        return made.fill_(255) if made.dtype == torch.uint8 else made.fill_(torch.nan)
+
+    monkeypatch.setattr(torch, "empty", dirty)
+    assert torch.equal(attend(*given), wanted)

@@ -213,7 +213,9 @@ class RowCode:
 
     def _scales(self, stored: Tensor) -> Tensor:
         """uint8 (B, n, 2 H scale_bytes) -> (B, n, 2, H) float64."""
-        each = stored.unflatten(-1, (2, self.heads, self.scale_bytes)).contiguous()
+        # A copy, since a view of halves has to begin at an even byte.
+        each = stored.clone(memory_format=torch.contiguous_format)
+        each = each.unflatten(-1, (2, self.heads, self.scale_bytes))
         if self.scale_bytes == 1:
             code = each[..., 0].double()
             return torch.where(code == 0, 0.0, torch.exp2((code - 128) / 16))

@@ -294,18 +294,24 @@ static void turn_scales(const uint8_t *at, int64_t stride, int64_t count, int64_
 
 #endif
 
-/* Scales of count rows -> (2, H, TILE). */
+/* Scales of count rows -> (2, H, TILE). Behind the last there are zeros up to whole vectors of
+   tokens, which are multiplied by weights of 0: what lies there must be finite. */
 static void get_scales(const row_code *code, const uint8_t *rows, int64_t stride, int64_t count,
                        float *to) {
     int64_t sides = 2 * code->heads;
     const uint8_t *at = rows + code->sides[0].scale;
     if (code->scale_bytes == 2) {
         turn_scales(at, stride, count, sides, to);
-        return;
+    } else {
+        for (int64_t k = 0; k < sides; k++) {
+            for (int64_t t = 0; t < count; t++) {
+                to[k * TILE + t] = byte_scales32(code)[at[t * stride + k]];
+            }
+        }
     }
     for (int64_t k = 0; k < sides; k++) {
-        for (int64_t t = 0; t < count; t++) {
-            to[k * TILE + t] = byte_scales32(code)[at[t * stride + k]];
+        for (int64_t t = count; t < TILE && t % 16; t++) {
+            to[k * TILE + t] = 0.0f;
         }
     }
 }
