@@ -30,4 +30,6 @@ def graded(width=24, *, heads=2, rooms=(10, 30), sinks=3, seed=0):
         for low, size in ((5, 2), (3, 2), (0, 1))
     ]
     tiers = tuple(Tier(room, code) for room, code in zip((*rooms, None), codes, strict=True))
-    return LayerForm(heads, width, Turn(matrix, matrix.inverse(), mean), tiers, sinks)
+    return LayerForm(
+        heads, width, Turn(matrix, matrix.inverse().float().contiguous(), mean), tiers, sinks
+    )

@@ -212,13 +212,40 @@ def test_what_is_not_finite_is_an_error_and_changes_no_code(place):
     with pytest.raises(DataError, match="NaN"):
         feed(layer, *bad)
     assert same(kept(layer), before)
-    assert same(kept(feed(layer, *pair)), kept(feed(feed(make(), *pair), *pair)))
+    for use in (lambda: feed(layer, *pair), lambda: layer.crop(-1), layer.check_whole):
+        with pytest.raises(StackError, match="reset"):  # other layers may have kept the tokens
+            use()
+    layer.reset()
+    assert same(kept(feed(layer, *pair)), before)
 
 
 def test_vectors_too_long_for_a_scale_are_refused():
     keys, values = tokens()
+    layer = make()
     with pytest.raises(DataError, match="65504"):
-        feed(make(), keys * 1e5, values)
+        feed(layer, keys * 1e5, values)
+    with pytest.raises(StackError, match="reset"):
+        feed(layer, keys, values)
+
+
+def test_values_that_are_not_like_keys_are_refused():
+    keys, values = tokens()
+    for bad in (values[..., :8], values[:1], values.half()):
+        with pytest.raises(ConfigError, match="as keys"):
+            make().update(keys, bad)
+
+
+def test_rows_that_are_not_there_cannot_be_chosen():
+    layer = feed(make(), *tokens())
+    before = kept(layer)
+    for bad in (torch.tensor([2]), torch.tensor([]).long(), torch.tensor([True])):
+        with pytest.raises(ConfigError, match="row"):
+            layer.batch_select_indices(bad)
+    with pytest.raises(ConfigError, match="crop"):
+        layer.crop(-1.5)
+    with pytest.raises(ConfigError, match="offload"):
+        layer.offload()
+    assert same(kept(layer), before)
 
 
 def test_what_cannot_be_put_in_is_refused():

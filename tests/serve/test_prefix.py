@@ -73,7 +73,7 @@ def test_entropy_coding_saves_what_levels_of_unequal_chance_allow(grouped, tmp_p
     assert sizes[1] < 0.98 * sizes[0]
 
 
-def test_another_model_calibration_or_seed_is_noticed(grouped, tmp_path):
+def test_another_model_or_calibration_is_noticed(grouped, tmp_path):
     cache = CompressedCache(grouped, window=16)
     read(grouped, ids(1, 100), cache)
     cache.save(grouped, tmp_path / "kept")

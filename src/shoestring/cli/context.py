@@ -37,9 +37,13 @@ class Arguments(Common):
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}", expected="1")
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}", expected="1 or more"
+                )
         for spec in self.cache:
             check_cache(spec, calibration="")
+        if self.calibration and not any(spec[-1:].isalpha() for spec in self.cache):
+            check_cache(self.cache[0] if self.cache else "", calibration=self.calibration)
         if self.budget:
             parse_bytes(self.budget)
 
@@ -49,7 +53,7 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
     import torch
 
     from ..serve import Calibration, CompressedCache
-    from ..serve.config import numbers, text_config
+    from ..serve.config import numbers, shapes, text_config
 
     config = text_config(model_config(arguments.model))
     calibration = Calibration.load(arguments.calibration) if arguments.calibration else None
@@ -63,15 +67,28 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
         found.append({"cache": name, "bytes": rows * tokens * each, "longest": longest})
     for spec in arguments.cache:
         settings = settings_of(spec, calibration=calibration, context=tokens)
-        cache = CompressedCache(config, **settings)
+        try:
+            cache = CompressedCache(config, **settings)
+        except ConfigError as error:  # of this form alone
+            found.append({"cache": spec, "error": str(error)})
+            continue
         longest = None if budget is None else _longest(cache, budget, dtype)
         size = cache.bytes_at(tokens, batch=rows, dtype=dtype)
         found.append({"cache": spec, "bytes": size, "longest": longest})
     for row in found:
-        row["bytes_per_token"] = row["bytes"] / rows / tokens
-    terminal.emit({"model": arguments.model, "tokens": tokens, "batch_size": rows, "forms": found})
+        if "bytes" in row:
+            row["bytes_per_token"] = row["bytes"] / rows / tokens
+    left = len(config.per_layer_config) - len(shapes(config))
+    terminal.emit({
+        "model": arguments.model, "tokens": tokens, "batch_size": rows, "forms": found,
+        "other_layers": left,
+    })  # fmt: skip
     terminal.say(_shown(found, tokens, arguments.budget))
-    if budget is not None and not any(row["longest"] for row in found):
+    if left:
+        terminal.say(f"and {left} sliding or linear layers, which take what they take anyway")
+    if all("error" in row for row in found[2:]):
+        raise ConfigError(found[2]["error"])
+    if budget is not None and not any(row.get("longest") for row in found):
         raise OutOfBudget(f"no context fits into {arguments.budget}", expected="more")
     return 0
 
@@ -91,6 +108,9 @@ def _shown(rows: list[dict[str, Any]], tokens: int, budget: str) -> Table:
     for head in heads:
         table.add_column(head, justify="right")
     for row in rows:
+        if "error" in row:
+            table.add_row(row["cache"], row["error"])
+            continue
         cells = [f"{row['bytes_per_token']:,.0f}", format_bytes(row["bytes"])]
         table.add_row(row["cache"], *cells, *([f"{row['longest']:,}"] if budget else []))
     return table

@@ -74,7 +74,7 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
     text = tokenizer.decode(new, skip_special_tokens=True)
     told = {"prompt": prompt, "text": text, "tokens": len(new), "seed": arguments.seed}
     if cache is not None:
-        told |= _about(cache, terminal)
+        told |= _about(cache, terminal, device)
     terminal.emit(told)
     terminal.say(prompt + text)
     return 0
@@ -91,12 +91,12 @@ def _cache(model: Any, tokens: int, arguments: Arguments) -> Any:
     return CompressedCache(model, **settings)
 
 
-def _about(cache: Any, terminal: Terminal) -> dict[str, Any]:
+def _about(cache: Any, terminal: Terminal, device: Any) -> dict[str, Any]:
     from ..serve import kernel_in_use
 
-    tokens = cache.get_seq_length()
-    terminal.note(f"context: {format_bytes(cache.nbytes)} for {tokens} tokens, {kernel_in_use()}")
-    return {"cache_bytes": cache.nbytes, "cache_tokens": tokens, "cache_kernel": kernel_in_use()}
+    tokens, kernel = cache.get_seq_length(), kernel_in_use(device)
+    terminal.note(f"context: {format_bytes(cache.nbytes)} for {tokens} tokens, {kernel}")
+    return {"cache_bytes": cache.nbytes, "cache_tokens": tokens, "cache_kernel": kernel}
 
 
 def _continue(

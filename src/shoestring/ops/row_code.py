@@ -123,7 +123,7 @@ class RowCode:
     def uniform(cls, heads: int, width: int, key_bits: int, value_bits: int) -> "RowCode":
         """The same bits for all keys and for all values."""
         for bits in (key_bits, value_bits):
-            if not isinstance(bits, int) or bits not in range(1, MOST_BITS + 1):
+            if type(bits) is not int or bits not in range(1, MOST_BITS + 1):
                 raise ConfigError(f"codes of {bits!r} bits", expected="1 to 8")
         each = torch.tensor([key_bits, value_bits], dtype=torch.uint8)
         return cls(each[:, None, None].expand(2, heads, padded(width) // GROUP).contiguous())

@@ -142,7 +142,7 @@ def _attend_share(
     for start in range(first, end, TILE):
         at = start + tokens
         there = at < end
-        row = rows + b * batch_stride + at.to(tl.int64) * row_stride
+        row = rows + b.to(tl.int64) * batch_stride + at.to(tl.int64) * row_stride
         keys = _numbers(row, there, place + h * 3 * D, level + h * 4 * D, columns, D)
         score = tl.sum(queries[:, None, :] * keys[None, :, :], 2)
         score = score * _scales(row, there, scales + h * BYTES, BYTES)[None, :] + added[:, None]
@@ -261,3 +261,16 @@ def _coded(turned: Tensor, bias: Tensor, segment: TritonSegment, code: TritonCod
         share, H, G=padded, D=D, TILE=_TILE, BYTES=code.scale_bytes,
     )  # fmt: skip
     return high[..., :G], mass[..., :G], out[..., :G, :d], out
+
+
+def tried(device: torch.device) -> None:
+    """Attends once, to a token; raises whatever Triton raises where it cannot compile."""
+    code = TritonCode.of(
+        torch.ones(2, 1, 2, dtype=torch.uint8), 2, torch.ones(9, 3, dtype=torch.float64), device
+    )
+    rows = torch.zeros(1, 1, code.row_bytes, dtype=torch.uint8, device=device)
+    x, eye = torch.ones(1, 1, 1, 16, device=device), torch.eye(16, device=device)
+    attend(
+        x, x, x, [TritonSegment(code, rows)], eye.expand(2, 1, 16, 16),
+        torch.zeros(2, 1, 1, 16, device=device), 1.0,
+    )  # fmt: skip

@@ -61,9 +61,17 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return result
+    if kwargs.get("output_attentions"):
+        raise ConfigError("output_attentions over codes", expected="none: they are never made")
     if dropout:
         raise ConfigError(f"dropout of {dropout} in attention over codes", expected="model.eval()")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    wanted = (query.shape[2], layer.get_seq_length())
+    if attention_mask is not None and attention_mask.shape[-2:] != wanted:
+        layer.refuse()
+        raise ConfigError(
+            f"a mask of {tuple(attention_mask.shape[-2:])} queries and tokens", expected=str(wanted)
+        )
     out = attend(query, layer, attention_mask, scaling)
     layer.attended(attention_mask)
     return out.transpose(1, 2).contiguous(), None
@@ -78,13 +86,19 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+_BEFORE = "_shoestring_attention_before"
+
+
 class Attached:
     """A model whose attention is ours, until `detach` or the end of a `with`."""
 
     def __init__(self, model: nn.Module) -> None:
         check_model(model)
         self.model: Any = model
-        self.before = _implementation(model)
+        now = _implementation(model)
+        # Attached already: what was there before that is what comes back.
+        self.before = getattr(model, _BEFORE, "sdpa") if now == NAME else now
+        setattr(model, _BEFORE, self.before)
         self._set(NAME)
         if _implementation(model) != NAME:
             raise StackError(
@@ -166,10 +180,17 @@ def attend(query: Tensor, layer: CompressedLayer, mask: Tensor | None, scaling: 
     exact = [part for part in parts if part.code is None]
     if coded and m <= FEW and coding.kernel_takes(keys) and _is_plain(mask, layer, m, n):
         return _by_kernel(query, layer, parts, scaling)
-    if coded and m == 1 and query.is_cuda and coding.has_triton() and _is_plain(mask, layer, m, n):
+    if (
+        coded
+        and m == 1
+        and query.is_cuda
+        and coding.without_triton() is None
+        and _is_plain(mask, layer, m, n)
+    ):
         return _by_triton(query, layer, parts, scaling)
-    if mask is None and m > 1:
+    if mask is None and (m > 1 or max(layer.starts) > 0):
         mask = torch.ones(m, n, dtype=torch.bool, device=query.device).tril(n - m)[None, None]
+        mask = mask & (torch.arange(n, device=query.device) >= _begins(layer)[:, None, None, None])
     if not coded:
         pairs = [split(part.rows, layer.form.heads) for part in exact] + [(keys, values)]
         keys, values = (torch.cat(each, dim=2) for each in zip(*pairs, strict=True))
@@ -185,6 +206,11 @@ def attend(query: Tensor, layer: CompressedLayer, mask: Tensor | None, scaling: 
     softmax.add(_masked(q @ keys.float().mT, shown, m), values.float())
     out = softmax.result().unflatten(2, (groups, m)).flatten(1, 2)
     return out.to(query.dtype)
+
+
+def _begins(layer: CompressedLayer) -> Tensor:
+    """(B,), the slot of each row's first token."""
+    return torch.tensor(layer.starts, device=layer.device)
 
 
 def _by_kernel(
@@ -366,7 +392,7 @@ def attended_ref(
             pairs.append([x.double() for x in split(part.rows, layer.form.heads)])
             continue
         z = part.code.decode(part.rows, torch.float64).transpose(0, 1)  # (2, B, H, n, D)
-        x = z @ layer.form.turn.inverse[:, None].mT
+        x = z @ layer.form.turn.inverse.double()[:, None].mT
         pairs.append(list(x if mean is None else x + mean.unsqueeze(3)))
     pairs.append([x.double() for x in layer.fresh])
     keys, values = (torch.cat(each, dim=2) for each in zip(*pairs, strict=True))

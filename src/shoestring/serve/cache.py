@@ -7,6 +7,7 @@ transformers' own. Given a model, the cache makes the model's attention ours; gi
 `cache.attach(model)` does.
 """
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from . import prefix
 from .attention import Attached, attach, check_model
 from .calibration import Calibration
 from .choose import budget_forms, plain_forms
-from .config import text_config
+from .config import check_count, text_config
 from .form import layer_bytes
 from .layer import CompressedLayer, check_crop
 
@@ -43,6 +44,8 @@ class CompressedCache(Cache):
     Or a budget (`budget`): "4700B" a token, or "3.25bits" a number, in the mean over a context of
     `context` tokens, everything counted. It is met by bits that differ with age, layer, head and
     direction as `calibration` (of this model) says they matter.
+
+    dtype: of exact tokens, as a budget counts them; the model's where None.
 
     sinks: first tokens that stay exact.
 
@@ -62,11 +65,17 @@ class CompressedCache(Cache):
         budget: str | float | None = None,
         context: int = 2048,
         calibration: Calibration | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         model = config_or_model if isinstance(config_or_model, nn.Module) else None
         if model is not None:
             check_model(model)
         config = text_config(config_or_model)
+        if not isinstance(calibration, Calibration | None):
+            raise ConfigError(
+                f"calibration = {calibration!r:.80}", expected="a Calibration",
+                hint="Calibration.load(directory) reads one.",
+            )  # fmt: skip
         if budget is None and calibration is not None:
             raise ConfigError(
                 "a calibration without a budget", expected='a budget too, such as "3.25bits"'
@@ -75,8 +84,9 @@ class CompressedCache(Cache):
             calibration.check(config_or_model)
         self.settings: dict[str, Any] = {"sinks": sinks, "seed": seed}
         if budget is not None:
-            dtype = getattr(model, "dtype", None) or config.dtype or torch.float32
-            self.settings |= {"budget": budget, "context": context}
+            dtype = dtype or getattr(model, "dtype", None) or config.dtype or torch.float32
+            named = str(dtype).removeprefix("torch.")
+            self.settings |= {"budget": budget, "context": context, "dtype": named}
             self.forms = budget_forms(
                 config, budget, context=context, calibration=calibration, sinks=sinks, seed=seed,
                 dtype=dtype,
@@ -99,8 +109,12 @@ class CompressedCache(Cache):
                 for kind, kwargs in zip(*get_layer_types_and_kwargs(config), strict=True)
             ]
         )
+        self._model = None if model is None else weakref.ref(model)
         if model is not None:
             attach(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}  # a copy need not know it
 
     def attach(self, model: nn.Module) -> Attached:
         """Makes the model's attention ours, at once; as a context, until its end."""
@@ -111,6 +125,11 @@ class CompressedCache(Cache):
         for bit. entropy: codes take 5 % less and a little longer.
 
         ConfigError for a cache that is empty, or that has sliding or linear layers."""
+        known = None if self._model is None else self._model()
+        if known is not None and known is not model:
+            raise ConfigError(
+                "a prefix to be saved as another model's", expected="the model the cache is of"
+            )
         prefix.save(self, model, directory, entropy=entropy)
 
     @classmethod
@@ -123,17 +142,17 @@ class CompressedCache(Cache):
     ) -> "CompressedCache":
         """What `save` kept. CheckpointError for a damaged directory; ConfigError where it is of
         another model or calibration."""
-        facts = prefix.read_facts(directory)
-        prefix.check_model(facts, model)
+        kept = prefix.Prefix(directory)
+        prefix.check_model(kept.facts, model)
         digest = None if calibration is None else calibration.digest
-        if facts["calibration"] != digest:
+        if kept.facts.get("calibration") != digest:
             raise ConfigError(
                 "the prefix was coded with "
-                + ("another calibration" if facts["calibration"] else "no calibration"),
+                + ("another calibration" if kept.facts.get("calibration") else "no calibration"),
                 expected="the calibration that it was made with, or none where there was none",
             )
-        cache = cls(model, calibration=calibration, **facts["settings"])
-        prefix.fill(cache, facts, directory, getattr(model, "device", None))
+        cache = cls(model, calibration=calibration, **kept.settings)
+        kept.fill(cache, getattr(model, "device", None))
         return cache
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -141,13 +160,23 @@ class CompressedCache(Cache):
         for a positive count, more than there are, and sliding layers that have let tokens go."""
         check_crop(tokens_to_remove, self.get_seq_length())
         for index, layer in enumerate(self.layers):
-            if not getattr(layer, "is_sliding", False) or layer.record_past:
+            if isinstance(layer, CompressedLayer):
+                layer.check_whole()
                 continue
-            if tokens_to_remove and layer.get_seq_length() >= layer.sliding_window:
-                raise ConfigError(
-                    f"crop({tokens_to_remove}): sliding layer {index} has let older tokens go",
-                    expected="activate_past_recording() before the tokens that are cropped",
-                )
+            if not tokens_to_remove or getattr(layer, "record_past", False):
+                continue
+            if not getattr(layer, "is_sliding", False):
+                if layer.is_croppable:
+                    continue
+                what = "has a state that holds them all"
+            elif layer.get_seq_length() < layer.sliding_window:
+                continue
+            else:
+                what = "is sliding and has let older tokens go"
+            raise ConfigError(
+                f"crop({tokens_to_remove}): layer {index} {what}",
+                expected="activate_past_recording() before the tokens that are cropped",
+            )
         super().crop(tokens_to_remove)
 
     @property
@@ -174,7 +203,8 @@ class CompressedCache(Cache):
         self, tokens: int, *, batch: int = 1, dtype: torch.dtype = torch.float32
     ) -> int:  # fmt: skip
         """Bytes of the layers of full attention with that many tokens in each row: codes, with the
-        room they have to grow, exact tokens, sinks and means."""
+        room they have to grow, exact tokens of `dtype`, sinks and means."""
+        check_count("tokens", tokens)
         return sum(layer_bytes(form, tokens, batch, dtype) for form in self.forms)
 
     def longest_context(self, budget: int | str, *, dtype: torch.dtype = torch.float32) -> int:

@@ -33,13 +33,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..checkpoint import atomic_directory, verify
-from ..checkpoint.tensors import read_tensors, write_tensors
-from ..errors import CheckpointError, ConfigError, DataError
+from ..checkpoint import atomic_directory
+from ..checkpoint.tensors import write_tensors
+from ..errors import ConfigError, DataError
 from ..ops.rotation import Rotation
 from ..ops.row_code import GROUP
+from . import files
 from .attention import check_model
-from .config import shapes, text_config
+from .config import check_count, shapes, text_config
 from .form import Turn
 from .identity import shape_of, weights_of
 
@@ -72,15 +73,16 @@ class Calibration:
     row: int
     shape: str
     weights_of: str
-    _turns: dict[int, Turn] = field(default_factory=dict, repr=False)
-    _digest: list[str] = field(default_factory=list, repr=False)
+    _turns: dict[int, Turn] = field(default_factory=dict, init=False, repr=False)
+    _digest: list[str] = field(default_factory=list, init=False, repr=False)
 
     def turn(self, layer: int) -> Turn:
         """Of one layer, made once for all caches."""
         if layer not in self._turns:
             forward = self.turns[layer].double()
             mean = self.means[layer].double()
-            self._turns[layer] = Turn(forward, torch.linalg.inv(forward), mean)
+            inverse = torch.linalg.inv(forward).float().contiguous()
+            self._turns[layer] = Turn(forward, inverse, mean)
         return self._turns[layer]
 
     @property
@@ -96,7 +98,9 @@ class Calibration:
     def check(self, config_or_model: Any) -> None:
         """ConfigError where it is of another model, as far as can be told from what is given."""
         model = config_or_model if isinstance(config_or_model, nn.Module) else None
-        if shape_of(text_config(config_or_model)) != self.shape:
+        there = [tuple(mean.shape[1:]) for mean in self.means]
+        config = text_config(config_or_model)
+        if shape_of(config) != self.shape or there != shapes(config):
             raise ConfigError(
                 "the calibration is of a model of another shape", expected="one of this model",
                 hint="Calibrate this model: shoestring calibrate, or calibrate().",
@@ -113,6 +117,7 @@ class Calibration:
             "format": FORMAT, "tokens": self.tokens, "row": self.row, "shape": self.shape,
             "weights_of": self.weights_of, "layers": len(self.means), "bands": list(BANDS),
         }  # fmt: skip
+        files.check_target(directory, _FILES[0])
         known: dict[str, str] = {}
         with atomic_directory(directory, known) as temporary:
             (temporary / _FILES[0]).write_text(json.dumps(facts, indent=1) + "\n")
@@ -123,27 +128,47 @@ class Calibration:
     @classmethod
     def load(cls, directory: str | Path) -> "Calibration":
         """CheckpointError for what is not there, not whole, or of another format."""
-        directory = Path(directory)
-        if not (directory / _FILES[0]).is_file() or not verify(directory):
-            raise CheckpointError(
-                f"{directory} holds no calibration", expected="a directory that "
-                "`shoestring calibrate` wrote",
-            )  # fmt: skip
-        facts = json.loads((directory / _FILES[0]).read_text())
-        if facts.get("format") != FORMAT or facts.get("bands") != list(BANDS):
-            raise CheckpointError(
-                f"{directory} is a calibration of format {facts.get('format')}",
-                expected=str(FORMAT), hint="Calibrate again.",
-            )  # fmt: skip
-        tensors = dict(read_tensors(directory / _FILES[1]))
+        facts, tensors = files.read(directory, _FILES, "calibration", FORMAT)
+        if facts.get("bands") != list(BANDS):
+            raise files.unfit(directory, f"bands {facts.get('bands')!r:.50}")
+        kinds = {"tokens": int, "row": int, "layers": int, "shape": str, "weights_of": str}
+        for name, kind in kinds.items():
+            if type(facts.get(name)) is not kind or (kind is int and facts[name] <= 0):
+                raise files.unfit(directory, f"{name} is {facts.get(name)!r:.50}")
+        if set(tensors) != {
+            f"{p}.{i}" for p in _PARTS for i in range(min(facts["layers"], 10_000))
+        }:
+            raise files.unfit(directory, f"{len(tensors)} tensors for {facts['layers']} layers")
         means, turns, weights = (
-            [tensors[f"{name}.{i}"] for i in range(facts["layers"])]
-            for name in ("mean", "turn", "weights")
+            [tensors[f"{part}.{i}"] for i in range(facts["layers"])] for part in _PARTS
         )
+        for index, each in enumerate(zip(means, turns, weights, strict=True)):
+            _check_layer(directory, index, *each)
         return cls(
             means, turns, weights, facts["tokens"], facts["row"], facts["shape"],
             facts["weights_of"],
         )  # fmt: skip
+
+
+_PARTS = ("mean", "turn", "weights")
+
+
+def _check_layer(
+    directory: str | Path, index: int, mean: Tensor, turn: Tensor, weights: Tensor
+) -> None:  # fmt: skip
+    """CheckpointError for tensors that do not belong together, or no basis."""
+    good = mean.dim() == 3 and mean.shape[0] == 2 and mean.shape[2] % GROUP == 0
+    if good:
+        _, heads, width = mean.shape
+        good = turn.shape == (2, heads, width, width) and weights.shape == (
+            len(BANDS), 2, heads, width // GROUP,
+        )  # fmt: skip
+    for x in (mean, turn, weights):
+        good = good and x.dtype == torch.float32 and bool(torch.isfinite(x).all())
+    if not good or not bool((weights > 0).all()):
+        raise files.unfit(directory, f"the numbers of layer {index}")
+    if int(torch.linalg.inv_ex(turn.double())[1].max()):
+        raise files.unfit(directory, f"the turn of layer {index} cannot be turned back")
 
 
 def calibrate(
@@ -161,6 +186,7 @@ def calibrate(
     """
     check_model(model)
     config = text_config(model)
+    check_count("seed", seed)
     _check_texts(texts, config.vocab_size)
     widths = {width for _, width in shapes(config)}
     if odd := sorted(width for width in widths if width % GROUP):
@@ -179,6 +205,8 @@ def calibrate(
 
 
 def _check_texts(texts: Tensor, vocabulary: int) -> None:
+    if not isinstance(texts, Tensor):
+        raise DataError(f"texts as {type(texts).__name__}", expected="a tensor (texts, tokens)")
     if texts.dim() != 2 or texts.dtype not in (torch.int64, torch.int32) or not len(texts):
         raise DataError(
             f"texts {tuple(texts.shape)} of {texts.dtype}", expected="ids (texts, tokens), int64"
@@ -212,7 +240,8 @@ _FOUND: ContextVar[dict[int, _Sums]] = ContextVar("_FOUND")
 
 @contextmanager
 def _calibrating(model: Any, found: dict[int, _Sums]) -> Iterator[None]:
-    before, training = model.config.get_text_config()._attn_implementation, model.training
+    before = model.config.get_text_config()._attn_implementation
+    training = [module for module in model.modules() if module.training]
     asked = [weight for weight in model.parameters() if weight.requires_grad]
     token = _FOUND.set(found)
     try:
@@ -223,7 +252,8 @@ def _calibrating(model: Any, found: dict[int, _Sums]) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-        model.train(training)
+        for module in training:
+            module.training = True
         for weight in asked:
             weight.requires_grad_(True)
         _FOUND.reset(token)
@@ -234,6 +264,8 @@ def _backward(model: Any, text: Tensor, generator: torch.Generator) -> None:
     with torch.enable_grad():
         embedded = model.get_input_embeddings()(text[None]).detach().requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+        if not bool(torch.isfinite(logits).all()):
+            raise DataError("logits with NaN or infinity", expected="a model that works")
         said = logits.log_softmax(-1)
         drawn = torch.multinomial(said.detach().exp(), 1, generator=generator)
         said.gather(-1, drawn).sum().backward()

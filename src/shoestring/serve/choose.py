@@ -19,7 +19,7 @@ from ..errors import ConfigError, ShoestringError
 from ..ops.row_code import GROUP, RowCode, error, padded
 from ..units import parse_bytes
 from .calibration import BANDS, Calibration, stretched
-from .config import numbers, shapes
+from .config import check_count, numbers, shapes
 from .form import LayerForm, Tier, Turn, layer_bytes
 from .store import room_for
 
@@ -53,6 +53,9 @@ def plain_forms(
     """For each layer of full attention: an exact window, then the same bits for all."""
     check_count("window", window)
     check_count("sinks", sinks)
+    check_count("seed", seed)
+    if not isinstance(centre, bool):
+        raise ConfigError(f"centre = {centre!r}", expected="True or False")
     if centre and window < LEAST_MEAN:
         raise ConfigError(
             f"window = {window} with centre=True",
@@ -81,6 +84,7 @@ def budget_forms(
     """The forms that lose the least with `budget` bytes a token, in the mean over `context` tokens,
     everything counted. ConfigError where that is less than the smallest form takes."""
     check_count("sinks", sinks)
+    check_count("seed", seed)
     if not isinstance(context, int) or context <= SHORT_WINDOW:
         raise ConfigError(f"context = {context!r}", expected=f"more than {SHORT_WINDOW} tokens")
     total = bytes_a_token(budget, config) * context
@@ -205,9 +209,3 @@ def random_turn(heads: int, width: int, seed: int) -> Turn:
     if width < LEAST_WIDTH:
         raise ConfigError(f"heads of width {width}", expected=f"{LEAST_WIDTH} or more")
     return Turn.random(heads, width, seed)
-
-
-def check_count(name: str, count: object) -> None:
-    """ConfigError for what is no count of tokens."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise ConfigError(f"{name} = {count!r}", expected="a count of tokens, 0 or more")

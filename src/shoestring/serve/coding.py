@@ -5,6 +5,7 @@ the same.
 """
 
 import importlib.util
+import os
 from functools import cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -28,9 +29,13 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEVELS = ("plain C", "AVX2", "AVX-512", "AVX-512")
 
 
-def in_use() -> str:
-    """What attends over codes on the CPU here, and why if it is not the compiled kernel. On a CUDA
-    device it is Triton's, where that is installed, else torch."""
+def in_use(device: torch.device | str = "cpu") -> str:
+    """What attends over codes on a device, and why if it is not the kernel for it."""
+    if torch.device(device).type == "cuda":
+        why = without_triton()
+        return "Triton" if why is None else f"torch ({why})"
+    if torch.device(device).type != "cpu":
+        return "torch (there is no kernel for it)"
     if row_kernel.available():
         return f"compiled kernel ({_LEVELS[row_kernel.level()]})"
     return f"torch ({native.reason()})"
@@ -59,9 +64,20 @@ def kernel_code(code: RowCode) -> row_kernel.KernelCode:
 
 
 @cache
-def has_triton() -> bool:
-    """Whether attention over codes on a CUDA device can be Triton's."""
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+def without_triton() -> str | None:
+    """Why attention over codes on a CUDA device is not Triton's; None where it is. It is tried
+    once, since Triton needs a compiler of its own."""
+    if os.environ.get("SHOESTRING_NATIVE") == "0":
+        return "switched off by SHOESTRING_NATIVE=0"
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return "Triton is not installed, or there is no CUDA device"
+    from ..ops import row_triton
+
+    try:
+        row_triton.tried(torch.device("cuda"))
+    except Exception as error:  # whatever Triton raises without its compiler
+        return f"Triton does not work here: {error}"[:200]
+    return None
 
 
 def triton_code(code: RowCode, device: torch.device) -> "TritonCode":

@@ -64,3 +64,9 @@ def check_config(config: Any) -> None:
     cap = getattr(config, "attn_logit_softcapping", None)
     if cap is not None:
         raise ConfigError(f"attn_logit_softcapping = {cap}: a soft cap on scores", expected=PLAIN)
+
+
+def check_count(name: str, count: object) -> None:
+    """ConfigError for what is no count."""
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 2**63:
+        raise ConfigError(f"{name} = {count!r}", expected="a whole number, 0 or more")

@@ -24,7 +24,7 @@ from .store import buffer_bytes, room_for
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """forward: (2, H, D, d), float64. inverse: (2, H, d, D), of the same. mean: (2, H, d) float64,
+    """forward: (2, H, D, d), float64. inverse: (2, H, d, D), float32. mean: (2, H, d) float64,
     or None where each context finds a mean of its keys by itself, or has none."""
 
     forward: Tensor
@@ -39,7 +39,7 @@ class Turn:
         size = padded(width)
         matrix = Rotation(size, seed=seed).matrix(dtype=torch.float64)[:, :width]
         forward = matrix.expand(2, heads, size, width).contiguous()
-        return cls(forward, forward.mT.contiguous())
+        return cls(forward, forward.mT.float().contiguous())
 
     def no_mean(self) -> Tensor:
         """(2, 1, H, d) float64 zeros."""
@@ -52,8 +52,7 @@ class Turn:
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """forward in float64 and inverse in float32, on that device."""
         if device not in self._moved:
-            inverse = self.inverse.float().contiguous().to(device)
-            self._moved[device] = self.forward.to(device), inverse
+            self._moved[device] = self.forward.to(device), self.inverse.to(device)
         return self._moved[device]
 
 

@@ -28,7 +28,7 @@ def weights_of(model: nn.Module) -> str:
     for name, weight in sorted(model.named_parameters()):
         step = max(weight.numel() // _SAMPLE, 1)
         sample = weight.detach().reshape(-1)[::step][:_SAMPLE].to("cpu")
-        digest.update(name.encode())
+        digest.update(name.replace("_orig_mod.", "").encode())  # of a compiled model
         kept = sample.float().bfloat16() if sample.is_floating_point() else sample
         digest.update(bytes(kept.contiguous().view(torch.uint8).tolist()))
     return digest.hexdigest()[:32]

@@ -59,7 +59,7 @@ class CompressedLayer(CacheLayerMixin):
         self._forget()
 
     def _forget(self) -> None:
-        self.is_initialized, self.pending = False, False
+        self.is_initialized, self.pending, self.torn = False, False, False
         self.fresh: tuple[Tensor, Tensor] | None = None
         self.stores: list[Ring | Pile] = []
         self.sinks: Tensor | None = None
@@ -79,9 +79,10 @@ class CompressedLayer(CacheLayerMixin):
             self.stores.append(
                 Pile(like, length) if tier.room is None else Ring(like, tier.room, length)
             )
-        self.sinks = key_states.new_zeros(batch, form.sinks, numbers)
-        if form.centre:
-            self.found_mean = torch.zeros(batch, form.heads, form.width, device=self.device)
+        with torch.inference_mode(False):  # so that it can be written to outside of it, too
+            self.sinks = key_states.new_zeros(batch, form.sinks, numbers)
+            if form.centre:
+                self.found_mean = torch.zeros(batch, form.heads, form.width, device=self.device)
         self.starts, self.frozen = [0] * batch, [not form.centre] * batch
         self.is_initialized = True
 
@@ -95,7 +96,7 @@ class CompressedLayer(CacheLayerMixin):
         ConfigError for another batch, shape, dtype or device than before; StackError with gradients
         on, and where the attention function of the model is not ours.
         """
-        self._check(key_states)
+        self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._settle()  # held back for a crop that did not come
@@ -115,6 +116,10 @@ class CompressedLayer(CacheLayerMixin):
             self._find_starts(mask)
         if not self.record_past:
             self._settle()
+
+    def refuse(self) -> None:
+        """The newest tokens do not count; other layers may have kept them."""
+        self.fresh, self.pending, self.torn = None, False, True
 
     @property
     def settled(self) -> int:
@@ -147,6 +152,7 @@ class CompressedLayer(CacheLayerMixin):
         ConfigError for a positive count, and for more than there are."""
         length = self.get_seq_length()
         check_crop(tokens_to_remove, length)
+        self.check_whole()
         if not self.is_initialized:
             return
         if tokens_to_remove == -length:
@@ -163,6 +169,25 @@ class CompressedLayer(CacheLayerMixin):
             left -= gone
         self._settle()
 
+    def offload(self) -> None:
+        """Refused: it is small as it is."""
+        raise ConfigError(
+            "a compressed cache to be offloaded", expected="one that stays where it is",
+            hint="Give `generate` no offloading beside it.",
+        )  # fmt: skip
+
+    def prefetch(self) -> None:
+        """Nothing: it never leaves."""
+
+    def check_whole(self) -> None:
+        """StackError where tokens were refused that other layers have kept."""
+        if self.torn:
+            raise StackError(
+                "the last tokens were refused, and layers differ in what they hold",
+                expected="a cache that was reset",
+                hint="Find what made them unfit (the first error says it); then cache.reset().",
+            )
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the batch, by their indices; one may come several times."""
         self.batch_select_indices(beam_idx)
@@ -171,9 +196,13 @@ class CompressedLayer(CacheLayerMixin):
         """Rows of the batch: indices, or a boolean for each row."""
         if not self.is_initialized:
             return
-        indices = indices.to(self.device)
+        indices, rows = indices.to(self.device), len(self.starts)
         if indices.dtype == torch.bool:
+            if len(indices) != rows:
+                raise ConfigError(f"a choice among {len(indices)} rows", expected=f"{rows}")
             indices = indices.nonzero().flatten()
+        if not len(indices) or int(indices.min()) < -rows or int(indices.max()) >= rows:
+            raise ConfigError(f"rows {indices.tolist()}", expected=f"one or more of {rows}")
         self._change_rows(lambda x: x.index_select(0, indices), indices.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -212,7 +241,8 @@ class CompressedLayer(CacheLayerMixin):
 
     # ---- inside ------------------------------------------------------------------------------
 
-    def _check(self, keys: Tensor) -> None:
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        self.check_whole()
         if self.pending:
             raise StackError(
                 "the last tokens never came to the compressed attention",
@@ -231,6 +261,11 @@ class CompressedLayer(CacheLayerMixin):
             raise ConfigError(
                 f"keys of {there[0]} heads of width {there[1]}",
                 expected=f"{form.heads} heads of width {form.width}, as the config has it",
+            )
+        if values.shape != keys.shape or values.dtype != keys.dtype:
+            raise ConfigError(
+                f"values {tuple(values.shape)} of {values.dtype}",
+                expected=f"{tuple(keys.shape)} of {keys.dtype}, as keys",
             )
         if not self.is_initialized:
             return
@@ -265,8 +300,13 @@ class CompressedLayer(CacheLayerMixin):
         if self.fresh is None:
             return
         (keys, values), self.fresh = self.fresh, None
+        self.torn = True  # until all is where it belongs
         if not bool(torch.isfinite(keys.sum() + values.sum())):
             self._check_finite(keys, values)
+        self._enter(keys, values)
+        self.torn = False
+
+    def _enter(self, keys: Tensor, values: Tensor) -> None:
         there = self.settled
         self._keep_sinks(keys, values, there)
         stores = list(zip(self.stores, self.form.tiers, strict=True))
@@ -345,8 +385,10 @@ class CompressedLayer(CacheLayerMixin):
         assert self.sinks is not None
         for store in self.stores:
             store.change_rows(change)
-        self.sinks = change(self.sinks)
-        self.found_mean = None if self.found_mean is None else change(self.found_mean)
+        with torch.inference_mode(False):
+            self.sinks = change(self.sinks).clone()
+            if self.found_mean is not None:
+                self.found_mean = change(self.found_mean).clone()
         if self.fresh is not None:
             self.fresh = change(self.fresh[0]), change(self.fresh[1])
         self.starts = [self.starts[row] for row in rows]
@@ -361,7 +403,7 @@ def split(rows: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 def check_crop(count: int, length: int) -> None:
     """ConfigError for a count of tokens that cannot be cropped from that many."""
-    if count > 0:
+    if not isinstance(count, int) or count > 0:
         raise ConfigError(
             f"crop({count})", expected="0, or a negative count of tokens to take away"
         )

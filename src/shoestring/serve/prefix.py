@@ -5,6 +5,7 @@ one stream of Huffman codes (deflate without its search for repetitions). Levels
 not equally likely, which is what that saves: 5 to 6 % at 2 to 4 bits. Scales are deflated as bytes.
 """
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import atomic_directory, verify
-from ..checkpoint.tensors import read_tensors, write_tensors
+from ..checkpoint import atomic_directory
+from ..checkpoint.tensors import write_tensors
 from ..errors import CheckpointError, ConfigError
 from ..ops.bit_pack import pack, unpack
 from ..ops.row_code import GROUP, RowCode
+from . import files
 from .config import text_config
+from .form import LayerForm
 from .identity import shape_of, weights_of
 from .layer import CompressedLayer
 
@@ -28,22 +31,29 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _FILES = ("prefix.json", "prefix.safetensors")
-_DTYPES = {str(x): x for x in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
+_DTYPES = {
+    str(x).removeprefix("torch."): x
+    for x in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+}
 
 
 def save(
     cache: "CompressedCache", model: nn.Module, directory: str | Path, *, entropy: bool
 ) -> None:
     """A directory that appears whole or not, with checksums. ConfigError for a cache that is empty
-    or has layers that are not ours."""
+    or has layers that are not ours, and for a directory that holds something else."""
+    files.check_target(directory, _FILES[0])
     layers = _layers(cache)
     if not all(layer.is_initialized for layer in layers):
         raise ConfigError("an empty cache to be saved", expected="one that has read something")
+    for layer in layers:
+        layer.check_whole()
     first = layers[0]
     facts = {
         "format": FORMAT, "settings": cache.settings, "entropy": entropy,
         "shape": shape_of(text_config(model)), "weights_of": weights_of(model),
-        "calibration": cache.calibrated_on, "rows": len(first.starts), "dtype": str(first.dtype),
+        "calibration": cache.calibrated_on, "form": digest_of(cache.forms),
+        "rows": len(first.starts), "dtype": str(first.dtype).removeprefix("torch."),
         "layers": [
             {"starts": each.starts, "frozen": each.frozen, "tokens": list(map(len, each.stores))}
             for each in layers
@@ -60,19 +70,126 @@ def save(
         known[_FILES[1]] = write_tensors(temporary / _FILES[1], tensors)
 
 
-def read_facts(directory: str | Path) -> dict[str, Any]:
-    """What is kept, verified. CheckpointError for what is not there, not whole, or not ours."""
-    directory = Path(directory)
-    if not (directory / _FILES[0]).is_file() or not verify(directory):
-        raise CheckpointError(
-            f"{directory} holds no prefix", expected="a directory that CompressedCache.save wrote"
-        )
-    facts: dict[str, Any] = json.loads((directory / _FILES[0]).read_text())
-    if facts.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{directory} is a prefix of format {facts.get('format')}", expected=str(FORMAT)
-        )
-    return facts
+def digest_of(forms: list[LayerForm]) -> str:
+    """Hex of which bits mean what."""
+    made = hashlib.sha256()
+    for form in forms:
+        made.update(f"{form.heads} {form.width} {form.sinks} {form.centre}".encode())
+        for tier in form.tiers:
+            made.update(f" {tier.room}".encode())
+            if tier.code is not None:
+                made.update(
+                    f" {tier.code.scale_bytes} {tier.code.bits.flatten().tolist()}".encode()
+                )
+    return made.hexdigest()[:32]
+
+
+class Prefix:
+    """What a directory holds, verified and looked through before anything is made of it.
+
+    CheckpointError for what is not there, not whole, or cannot be what `save` wrote.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = directory
+        self.facts, self.tensors = files.read(directory, _FILES, "prefix", FORMAT)
+        kinds = {
+            "settings": dict, "entropy": bool, "shape": str, "weights_of": str, "form": str,
+            "rows": int, "dtype": str, "layers": list,
+        }  # fmt: skip
+        for name, kind in kinds.items():
+            if not isinstance(self.facts.get(name), kind):
+                raise files.unfit(directory, f"{name} is {self.facts.get(name)!r:.50}")
+        settings: dict[str, Any] = self.facts["settings"]
+        if unknown := set(settings) - _SETTINGS:
+            raise files.unfit(directory, f"settings {sorted(map(str, unknown))}")
+        if self.facts["dtype"] not in _DTYPES or not 0 < self.facts["rows"] <= _MOST_ROWS:
+            raise files.unfit(
+                directory, f"{self.facts['rows']} rows of {self.facts['dtype']!r:.20}"
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of the cache that was saved."""
+        found: dict[str, Any] = dict(self.facts["settings"])
+        if "dtype" in found:
+            if found["dtype"] not in _DTYPES:
+                raise files.unfit(self.directory, f"dtype {found['dtype']!r:.20}")
+            found["dtype"] = _DTYPES[found["dtype"]]
+        return found
+
+    def fill(self, cache: "CompressedCache", device: Any) -> None:
+        """Put into a new cache of its settings. CheckpointError where it does not fit."""
+        layers = _layers(cache)
+        if digest_of(cache.forms) != self.facts["form"] or len(layers) != len(self.facts["layers"]):
+            raise files.unfit(self.directory, "its codes are of another form")
+        known = [self._checked(index, layer) for index, layer in enumerate(layers)]
+        if len({sum(told["tokens"]) for told, _ in known}) > 1:
+            raise files.unfit(self.directory, "its layers hold different numbers of tokens")
+        dtype, rows = _DTYPES[self.facts["dtype"]], self.facts["rows"]
+        for index, (layer, (told, stores)) in enumerate(zip(layers, known, strict=True)):
+            form = layer.form
+            like = torch.empty(rows, form.heads, 0, form.width, dtype=dtype, device=device)
+            layer.lazy_initialization(like, like)
+            layer.starts, layer.frozen = list(told["starts"]), list(told["frozen"])
+            assert layer.sinks is not None
+            layer.sinks.copy_(self.tensors[f"{index}.sinks"])
+            if layer.found_mean is not None:
+                layer.found_mean.copy_(self.tensors[f"{index}.mean"])
+            for store, content in zip(layer.stores, stores, strict=True):
+                store.push(content.to(device))
+
+    def _checked(self, index: int, layer: CompressedLayer) -> tuple[dict[str, Any], list[Tensor]]:
+        """A layer's facts, and the rows of its tiers."""
+        form, told, rows = layer.form, self.facts["layers"][index], self.facts["rows"]
+        dtype, numbers = _DTYPES[self.facts["dtype"]], 2 * form.heads * form.width
+        if not isinstance(told, dict):
+            raise files.unfit(self.directory, f"layer {index} is a {type(told).__name__}")
+        starts, frozen, tokens = (told.get(name, []) for name in ("starts", "frozen", "tokens"))
+        whole = _counts(tokens, len(form.tiers)) and sum(tokens) <= _MOST_TOKENS
+        if not whole or not _counts(starts, rows) or max(starts) > sum(tokens):
+            raise files.unfit(self.directory, f"tokens and starts of layer {index}")
+        if not isinstance(frozen, list) or [*map(type, frozen)] != [bool] * rows:
+            raise files.unfit(self.directory, f"means of layer {index}")
+        self._tensor(f"{index}.sinks", (rows, form.sinks, numbers), dtype)
+        if form.centre:
+            self._tensor(f"{index}.mean", (rows, form.heads, form.width), torch.float32)
+        stores = []
+        for place, (tier, count) in enumerate(zip(form.tiers, tokens, strict=True)):
+            name = f"{index}.{place}"
+            if tier.room is not None and count > tier.room:
+                raise files.unfit(self.directory, f"{count} tokens in a tier of {tier.room}")
+            if tier.code is None:
+                stores.append(self._tensor(name, (rows, count, numbers), dtype))
+            elif self.facts["entropy"]:
+                stores.append(_inflated(self.tensors, name, tier.code, rows, count))
+            else:
+                shape = (rows, count, tier.code.row_bytes)
+                stores.append(self._tensor(name, shape, torch.uint8))
+        return told, stores
+
+    def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        found = self.tensors.get(name)
+        if found is None or found.shape != shape or found.dtype != dtype:
+            there = None if found is None else (tuple(found.shape), found.dtype)
+            raise files.unfit(self.directory, f"{name} is {there}, not {(shape, dtype)}")
+        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+            raise files.unfit(self.directory, f"{name} holds NaN or infinity")
+        return found
+
+
+_SETTINGS = {
+    "sinks", "seed", "budget", "context", "dtype", "key_bits", "value_bits", "window", "centre"
+}  # fmt: skip
+_MOST_ROWS, _MOST_TOKENS = 1 << 20, 1 << 40
+
+
+def _counts(values: Any, length: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == length
+        and all(type(value) is int and value >= 0 for value in values)
+    )
 
 
 def check_model(facts: dict[str, Any], model: nn.Module) -> None:
@@ -83,41 +200,6 @@ def check_model(facts: dict[str, Any], model: nn.Module) -> None:
             raise ConfigError(
                 f"the prefix is of a model with {what}", expected="the model that read it"
             )
-
-
-def fill(
-    cache: "CompressedCache", facts: dict[str, Any], directory: str | Path, device: Any
-) -> None:
-    """What is kept, put into a new cache of the form. CheckpointError where it does not fit."""
-    layers, dtype = _layers(cache), _DTYPES[facts["dtype"]]
-    tensors = dict(read_tensors(Path(directory) / _FILES[1]))
-    if len(layers) != len(facts["layers"]):
-        raise CheckpointError(
-            f"{directory} has {len(facts['layers'])} layers", expected=str(len(layers))
-        )
-    for index, (layer, told) in enumerate(zip(layers, facts["layers"], strict=True)):
-        form = layer.form
-        like = torch.empty(
-            facts["rows"], form.heads, 0, form.width, dtype=dtype, device=device
-        )  # fmt: skip
-        layer.lazy_initialization(like, like)
-        layer.starts, layer.frozen = told["starts"], told["frozen"]
-        assert layer.sinks is not None
-        layer.sinks.copy_(tensors[f"{index}.sinks"])
-        if layer.found_mean is not None:
-            layer.found_mean.copy_(tensors[f"{index}.mean"])
-        for tier, (store, count) in enumerate(zip(layer.stores, told["tokens"], strict=True)):
-            code = form.tiers[tier].code
-            if facts["entropy"] and code is not None:
-                stored = {
-                    name.rpartition(".")[2]: x
-                    for name, x in tensors.items()
-                    if name.startswith(f"{index}.{tier}.")
-                }
-                rows = _inflated(stored, code, facts["rows"], count)
-            else:
-                rows = tensors[f"{index}.{tier}"]
-            store.push(rows.to(device))
 
 
 def _layers(cache: "CompressedCache") -> list[CompressedLayer]:
@@ -163,14 +245,17 @@ def _deflated(rows: Tensor, code: RowCode) -> dict[str, Tensor]:
     return found
 
 
-def _inflated(stored: dict[str, Tensor], code: RowCode, batch: int, count: int) -> Tensor:
-    """Back again. CheckpointError for streams of another length."""
+def _inflated(
+    stored: dict[str, Tensor], name: str, code: RowCode, batch: int, count: int
+) -> Tensor:  # fmt: skip
+    """Back again. CheckpointError for streams that are not there or of another length."""
     rows = torch.empty(batch, count, code.row_bytes, dtype=torch.uint8)
     for bits, _, columns in code.places:
-        codes = _spread(stored[f"{bits}"], (batch, count, len(columns) * GROUP))
-        rows[:, :, columns.flatten()] = pack(codes, bits)
+        shape = (batch, count, len(columns) * GROUP)
+        rows[:, :, columns.flatten()] = pack(_spread(stored, f"{name}.{bits}", shape), bits)
     scales = 2 * code.heads * code.scale_bytes
-    rows[:, :, code.row_bytes - scales :] = _spread(stored["scales"], (batch, count, scales))
+    found = _spread(stored, f"{name}.scales", (batch, count, scales))
+    rows[:, :, code.row_bytes - scales :] = found
     return rows
 
 
@@ -180,11 +265,13 @@ def _squeezed(values: Tensor, strategy: int) -> Tensor:
     return torch.frombuffer(bytearray(press.compress(content) + press.flush()), dtype=torch.uint8)
 
 
-def _spread(stored: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    length = shape[0] * shape[1] * shape[2]
+def _spread(stored: dict[str, Tensor], name: str, shape: tuple[int, int, int]) -> Tensor:
+    length, stream = shape[0] * shape[1] * shape[2], stored.get(name)
+    if stream is None or stream.dtype != torch.uint8 or stream.dim() != 1:
+        raise CheckpointError(f"no stream of codes is called {name}", expected="one, of bytes")
     opened = zlib.decompressobj(-15)
     try:
-        content = opened.decompress(stored.numpy().tobytes(), length + 1)
+        content = opened.decompress(stream.numpy().tobytes(), length + 1)
     except zlib.error as error:
         raise CheckpointError(f"a stream of codes cannot be read: {error}") from error
     if len(content) != length:

@@ -122,7 +122,8 @@ def buffer_bytes(count: int, length: int, batch: int, itemsize: int) -> int:
 def _buffer(like: Tensor, room: int, length: int) -> Tensor:
     """(B, room, length) of zeros, with bytes behind it that a kernel may read."""
     batch, spare = like.shape[0], SPARE // like.element_size()
-    flat = like.new_zeros(batch * room * length + spare)
+    with torch.inference_mode(False):  # so that it can be written to outside of it, too
+        flat = like.new_zeros(batch * room * length + spare)
     return flat[: batch * room * length].view(batch, room, length)
 
 

@@ -93,7 +93,11 @@ def _loaded(flags: tuple[str, ...]) -> ctypes.CDLL:
             if done.returncode:
                 said = said or done.stderr.decode(errors="replace").strip()[:500]
                 continue
-        library = ctypes.CDLL(str(path))
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:  # such as no library of OpenMP
+            said = said or str(error)
+            continue
         _ = library.row_code_level  # it is what it should be
         return library
     raise _CannotError(f"{compiler[0]} does not compile the kernels: {said}")
@@ -135,8 +139,9 @@ def _processor() -> bytes:
 
 def _folder() -> Path:
     """The folder for what was compiled, made where it is not there; the user's alone."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "shoestring"
+    given = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    home = given if given.is_absolute() else Path.home() / ".cache"  # as its standard has it
+    folder = home / "shoestring"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_owner(folder)
     return folder

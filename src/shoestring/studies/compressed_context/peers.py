@@ -218,7 +218,7 @@ def _turns(setting: Setting, how: str) -> int:
     if how == "not calibrated":
         return 0
     found = setting.sensitivity(0, how != "")
-    return sum(3 * x.nbytes for x in found.turns) + sum(2 * x.nbytes for x in found.means)
+    return sum(4 * x.nbytes for x in found.turns) + sum(2 * x.nbytes for x in found.means)
 
 
 def _packages(setting: Setting) -> list[Peer]:
