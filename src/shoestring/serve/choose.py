@@ -29,8 +29,9 @@ LEAST_MEAN = 16
 """Keys that a mean is worth being taken of."""
 LEAST_WIDTH = 3
 """Numbers that a rotation makes alike."""
-LEAST_BITS = 0.5
-"""Of a number in the last tier; with less, a context is hardly one."""
+LEAST_BITS, LEAST_PLAIN_BITS = 0.5, 2.0
+"""Of a number, in the mean. Without a calibration directions are lost at random, and with less than
+two bits a model says nothing any more."""
 MOST_BITS = 8
 SCALE_BYTES = (2, 2, 2, 1)
 """Of a calibrated tier's scales: far coordinates have few levels, in which a coarse one is lost."""
@@ -96,7 +97,8 @@ def budget_forms(
     empty = _forms(parts, config, sinks, none)
     fixed = sum(layer_bytes(form, context, 1, dtype) for form in empty)
     groups = sum(each[0].numel() for each in parts.weights)
-    least = fixed + sum(parts.rooms) * groups * GROUP * LEAST_BITS / 8
+    bits = LEAST_PLAIN_BITS if calibration is None else LEAST_BITS
+    least = fixed + sum(parts.rooms) * groups * GROUP * bits / 8
     if total < least:
         raise ConfigError(
             f"a budget of {total / context:.0f} bytes a token over {context} tokens",
