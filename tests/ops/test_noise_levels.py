@@ -262,11 +262,15 @@ def test_spacings_of_the_ablation():
         partition(FlowTime(), 2, spacing="log")
 
 
-def test_even_draws_take_one_of_each_share():
-    parts = partition(LogNormal(), 3)
-    levels = parts.sample(2, 64, generator(), even=True)
-    masses = parts.law.mass(levels) * 3 - 1
-    assert (masses * 64).floor().tolist() == list(range(64))
+def test_even_draws_take_one_of_each_share_and_each_is_drawn_from_all():
+    parts, draw = partition(LogNormal(), 3), generator()
+    several = [parts.sample(2, 64, draw, even=True) for _ in range(300)]
+    for levels in several[:3]:
+        masses = parts.law.mass(levels) * 3 - 1
+        assert sorted((masses * 64).floor().tolist()) == list(range(64))
+    first = parts.law.mass(torch.stack(several)[:, 0]) * 3 - 1
+    assert float(first.mean()) == pytest.approx(0.5, abs=0.05)
+    assert float(first.std()) == pytest.approx(12**-0.5, abs=0.02)
 
 
 def test_inference_grid_is_that_of_the_sheet():

@@ -230,14 +230,15 @@ class Partition:
         """Levels to train a block at, (count,), float64, on the generator's device: the law, cut
         to the block's widened range.
 
-        even: one draw in each of `count` equal masses, which makes means over them less noisy.
+        even: the draws lie evenly in mass from a random place on, round and round; each by itself
+        is drawn as ever, and a mean over them is less noisy (arXiv 2107.00630, I.1).
         """
         low, high = self.trained_range(block)
         first, last = self.law.mass(torch.tensor([low, high], dtype=torch.float64)).tolist()
         kind: Any = {"dtype": torch.float64, "device": generator.device}
-        u = torch.rand(count, generator=generator, **kind)
+        u = torch.rand(1 if even else count, generator=generator, **kind)
         if even:
-            u = (torch.arange(count, **kind) + u) / count
+            u = (torch.arange(count, **kind) / count + u) % 1
         return self.law.level(first + u * (last - first)).clamp(low, high)
 
     def route(self, level: Tensor) -> Tensor:

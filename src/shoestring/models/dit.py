@@ -1,0 +1,345 @@
+"""A plain diffusion transformer in B blocks, each a whole denoiser that needs none of the others.
+
+Here a *block* is what block-wise training calls one: a run of `layers / blocks` neighbouring layers
+with ends of its own (embedding, noise and class conditioning, final norm, readout). Blocks share
+nothing but the frozen table of token embeddings, where there is one, so any of them can be made,
+trained and saved alone; with one block it is an ordinary DiT.
+
+Layers are pre-norm (LayerNorm, attention through SDPA, GELU MLP) with AdaLN-zero: the condition
+(noise level and class) gives shift, scale and gate of both branches, and gates start at 0, so a
+block starts as the identity. Images (N, C, H, W) are cut into patches. Tokens (N, T) are rows of
+the table (V, W), or a learned mask vector; the readout is a projection into the table's space,
+whose product with the table is the logits.
+
+Source: DiT, arXiv 2212.09748; DiffusionBlocks, arXiv 2506.14202, sections 3 and App. B.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+# N samples, T tokens or patches, D width, C width of the condition, W width of the table
+
+FREQUENCIES = 128
+"""Of the sinusoids that a noise level becomes; a power of two apart, 1/4 to 64 in all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiTConfig:
+    """Shape of a DiT: images where size is given, tokens where vocabulary is. ConfigError for
+    widths that do not divide, and for layers that blocks do not."""
+
+    blocks: int = 1
+    layers: int = 12
+    width: int = 384
+    heads: int = 6
+    hidden: int | None = None
+    """Width inside the MLP; None = 4 times the width."""
+    condition: int = 128
+    """Width of the condition."""
+    classes: int = 0
+    """Classes that can be asked for; 0 = unconditional."""
+    size: int = 0
+    """Pixels of a side."""
+    channels: int = 1
+    patch: int = 4
+    """Pixels of a patch's side."""
+    vocabulary: int = 0
+    """Tokens, the mask not counted."""
+    length: int = 0
+    """Tokens of a text."""
+    table_width: int | None = None
+    """Width of the table's rows; None = the width, or the vocabulary where that is less."""
+
+    def __post_init__(self) -> None:
+        self._require(self.blocks >= 1, f"{self.blocks} blocks", "1 or more")
+        if self.layers < 1 or self.layers % self.blocks:
+            near = sorted(divisors(self.layers), key=lambda n: (abs(n - self.blocks), n))[:2]
+            raise ConfigError(
+                f"{self.layers} layers in {self.blocks} blocks",
+                expected="a number of blocks that divides the layers",
+                hint=f"The nearest: {' or '.join(map(str, sorted(near)))}." if near else None,
+            )
+        self._require(
+            self.width % self.heads == 0, f"width {self.width} with {self.heads} heads",
+            "a width that the heads divide",
+        )  # fmt: skip
+        self._require(
+            bool(self.size) != bool(self.vocabulary),
+            f"images of size {self.size} and a vocabulary of {self.vocabulary}",
+            "one of the two",
+        )
+        if self.size:
+            self._require(
+                self.size % self.patch == 0, f"images of size {self.size}",
+                f"a multiple of the patch, {self.patch}",
+            )  # fmt: skip
+        else:
+            self._require(self.length >= 1, f"texts of {self.length} tokens", "1 or more")
+
+    def _require(self, is_fine: bool, what: str, expected: str) -> None:
+        if not is_fine:
+            raise ConfigError(what, expected=expected)
+
+    @property
+    def positions(self) -> int:
+        """T: patches of an image, or tokens of a text."""
+        return (self.size // self.patch) ** 2 if self.size else self.length
+
+    @property
+    def row(self) -> int:
+        """W: width of the table's rows."""
+        return self.table_width or min(self.width, self.vocabulary)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "DiTConfig":
+        """The config that `to_json` gave. ConfigError for anything else."""
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ConfigError(f"a DiT that cannot be read ({error})") from None
+
+
+def divisors(count: int) -> list[int]:
+    """Of a number, ascending."""
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
+class Layer(nn.Module):
+    """x + gate a(norm(x)), for attention and then for the MLP; both modulated by the condition."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        D, hidden = config.width, config.hidden or 4 * config.width
+        self.heads = config.heads
+        self.attention_norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.mlp_norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.up, self.down = nn.Linear(D, hidden), nn.Linear(hidden, D)
+        self.modulation = nn.Linear(config.condition, 6 * D)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x (N, T, D), condition (N, C) -> (N, T, D)."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
+            self.modulation(condition)[:, None].chunk(6, dim=-1)
+        )  # fmt: skip
+        x = x + gate * self.attend(self.attention_norm(x) * (1 + scale) + shift)
+        y = self.mlp_norm(x) * (1 + mlp_scale) + mlp_shift
+        return x + mlp_gate * self.down(F.gelu(self.up(y), approximate="tanh"))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Attention of every row to every row."""
+        N, T, D = x.shape
+        q, k, v = self.qkv(x).view(N, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(N, T, D))
+
+
+class Condition(nn.Module):
+    """Noise level and class as one vector (N, C)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        C = config.condition
+        self.first, self.second = nn.Linear(2 * FREQUENCIES, C), nn.Linear(C, C)
+        # the last row stands for no class
+        self.label = nn.Embedding(config.classes + 1, C) if config.classes else None
+
+    def forward(self, noise_N: Tensor, labels_N: Tensor | None) -> Tensor:
+        place = torch.linspace(-2, 6, FREQUENCIES, device=noise_N.device)
+        angles = noise_N.float()[:, None] * torch.exp2(place)
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.first.weight.dtype)
+        condition = self.second(F.silu(self.first(waves)))
+        if self.label is not None:
+            if labels_N is None:
+                labels_N = torch.full_like(noise_N, self.label.num_embeddings - 1).long()
+            condition = condition + self.label(labels_N)
+        return F.silu(condition)
+
+
+class Block(nn.Module):
+    """A denoiser of `layers / blocks` layers; what images and tokens share."""
+
+    def __init__(self, config: DiTConfig, into: int, out: int) -> None:
+        super().__init__()
+        D = config.width
+        self.config = config
+        self.embed = nn.Linear(into, D)
+        self.positions = nn.Parameter(torch.empty(config.positions, D))
+        self.condition = Condition(config)
+        count = config.layers // config.blocks
+        self.layers = nn.ModuleList([Layer(config) for _ in range(count)])
+        self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(config.condition, 2 * D)
+        self.head = nn.Linear(D, out)
+
+    def run(self, x: Tensor, noise_N: Tensor, labels_N: Tensor | None) -> Tensor:
+        """Embedded rows (N, T, D) to what the head gives, (N, T, out)."""
+        condition = self.condition(noise_N, labels_N)
+        x = x + self.positions
+        for layer in self.layers:
+            x = layer(x, condition)
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.head(self.norm(x) * (1 + scale) + shift)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Fresh weights, drawn on the CPU, so that they are the same on every device."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                bound = math.sqrt(6 / sum(module.weight.shape))
+                draw = torch.rand(module.weight.shape, generator=generator)
+                module.weight.copy_((2 * draw - 1) * bound)
+                module.bias.zero_()
+            elif isinstance(module, nn.Embedding):
+                draw = torch.randn(module.weight.shape, generator=generator)
+                module.weight.copy_(0.02 * draw)
+        for module in self.modules():
+            if isinstance(module, Layer | Block):
+                module.modulation.weight.zero_()
+        self.head.weight.zero_()
+        self.positions.copy_(self._first_positions())
+
+    def _first_positions(self) -> Tensor:
+        D, side = self.config.width, self.config.size // self.config.patch
+        if not side:
+            return waves_of(torch.arange(self.config.positions), D)
+        rows, columns = (torch.arange(side * side) // side, torch.arange(side * side) % side)
+        half = D // 2
+        return torch.cat((waves_of(rows, half), waves_of(columns, D - half)), dim=1)
+
+
+def waves_of(places: Tensor, width: int) -> Tensor:
+    """Sinusoids of positions, (T, width) (arXiv 1706.03762, 3.5)."""
+    half = (width + 1) // 2
+    angles = places[:, None].float() * 10_000.0 ** (-torch.arange(half).float() / half)
+    return torch.cat((angles.sin(), angles.cos()), dim=1)[:, :width]
+
+
+class ImageBlock(Block):
+    """A denoiser of images."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        values = config.channels * config.patch**2
+        super().__init__(config, values, values)
+
+    def forward(self, z: Tensor, noise_N: Tensor, labels_N: Tensor | None = None) -> Tensor:
+        """z (N, channels, size, size), noise (N,), labels (N,) int64 or None -> z's shape.
+
+        A label equal to `classes` stands for no class.
+        """
+        side, patch = self.config.size // self.config.patch, self.config.patch
+        x = z.unflatten(3, (side, patch)).unflatten(2, (side, patch))  # N, C, h, p, w, q
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x = self.run(self.embed(x), noise_N, labels_N)
+        x = x.view(len(z), side, side, self.config.channels, patch, patch)
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(z.shape)
+
+
+class TokenBlock(Block):
+    """A denoiser of masked tokens."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config, config.row, config.row)
+        self.mask = nn.Parameter(torch.empty(config.width))
+
+    def forward(
+        self,
+        tokens_NT: Tensor,
+        masked_NT: Tensor,
+        noise_N: Tensor,
+        table_VW: Tensor,
+        labels_N: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens, which of them are masked (boolean), noise (N,) -> (N, T, W), whose product with
+        the table's rows is the logits. What stands at a masked place is not looked at."""
+        rows = F.embedding(tokens_NT, table_VW) * table_VW.shape[1] ** 0.5
+        x = torch.where(masked_NT[..., None], self.mask, self.embed(rows))
+        return self.run(x, noise_N, labels_N)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        super().reset(generator)
+        self.mask.copy_(torch.randn(self.mask.shape, generator=generator))
+
+
+class DiT(nn.Module):
+    """B blocks and the frozen table; block b of 1..B is `blocks[b - 1]`, the highest noise first.
+
+    A plain constructor leaves the weights to torch's; `make` gives them, of all blocks or of one.
+    """
+
+    table: Tensor | None
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        kind = ImageBlock if config.size else TokenBlock
+        self.blocks = nn.ModuleList([kind(config) for _ in range(config.blocks)])
+        self.register_buffer("table", None, persistent=True)
+
+    @classmethod
+    def make(
+        cls,
+        config: DiTConfig,
+        *,
+        seed: int,
+        only: int | None = None,
+        table: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "DiT":
+        """A DiT with fresh weights. The weights of a block depend on the seed and its number alone.
+
+        only: make that block's (1..B); the others stay on the meta device and take no memory.
+        table: (V, W), for tokens.
+        """
+        if config.vocabulary and (
+            table is None or tuple(table.shape) != (config.vocabulary, config.row)
+        ):
+            raise ConfigError(
+                f"a table of shape {None if table is None else tuple(table.shape)}",
+                expected=f"({config.vocabulary}, {config.row})",
+            )
+        with torch.device("meta"):
+            model = cls(config)
+        model.table = None if table is None else table.to(device)
+        for block in range(1, config.blocks + 1) if only is None else (only,):
+            model.fill(block, seed=seed, device=device)
+        return model
+
+    def fill(self, block: int, *, seed: int, device: torch.device | str = "cpu") -> None:
+        """Give a block that is on the meta device its fresh weights."""
+        part = self.block(block).to_empty(device=device)
+        part.reset(torch.Generator().manual_seed(seed * 1_000_003 + block))
+
+    def block(self, block: int) -> Block:
+        """Block b of 1..B."""
+        if isinstance(block, bool) or block not in range(1, self.config.blocks + 1):
+            raise ConfigError(f"block {block}", expected=f"1 to {self.config.blocks}")
+        part = self.blocks[block - 1]
+        assert isinstance(part, Block)
+        return part
+
+
+def unit_table(rows: int, width: int, *, seed: int) -> Tensor:
+    """A frozen target table (V, W) with rows of length 1, float32: orthonormal where V <= W, else
+    in random directions. The same on every machine to the last bit of a float32, nearly always;
+    what counts is the hash of the one that is used."""
+    draw = torch.randn(
+        rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    if rows <= width:
+        q, r = torch.linalg.qr(draw.T)
+        draw = (q * r.diagonal().sign()).T
+    return F.normalize(draw, dim=1).float().contiguous()
