@@ -21,6 +21,7 @@ VERBS = {
     "plan": "what fits into a byte budget and what it costs, before anything is allocated",
     "train": "train inside the budget, from a TOML file",
     "resume": "go on with a run that ended early, bit for bit",
+    "merge": "put blocks that were trained apart together as one model",
     "report": "one page of a run, or of several over one another",
     "generate": "continue a text with a trained model",
     "calibrate": "which errors of its context a model notices, for small contexts",
@@ -97,7 +98,8 @@ def _run_verb(verb: str, rest: list[str], script: Sequence[str], terminal: "Term
 
     module = importlib.import_module(f".{verb}", __package__)
     defaults = module.defaults(rest) if hasattr(module, "defaults") else None
-    arguments = parse(module.Arguments, verb, rest, defaults)
+    kind = module.Arguments if defaults is None else type(defaults)
+    arguments = parse(kind, verb, rest, defaults)
     more = {"script_arguments": tuple(script)} if script else {}
     return int(module.run(arguments, terminal, **more))
 

@@ -1,7 +1,8 @@
 """`shoestring train RUN.toml`: trains inside the budget and leaves a run directory.
 
 Every setting of the file is also a flag: `--optim.lr 1e-3` overrides the file. Under torchrun
-only the first process speaks.
+only the first process speaks. A file with a table `[blockwise]` has flags of its own, among them
+`--block N`, which trains that block alone.
 """
 
 import os
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from tyro.conf import Positional, arg
 
 from ..errors import ConfigError
+from ..training.blockwise.config import BlockwiseConfig, is_blockwise
 from ..training.config import RunConfig
 from .arguments import Common
 from .terminal import Terminal
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Common):
-    """Train inside the budget, from a TOML file; every setting in it is a flag, too."""
+    """Train inside the budget, from a TOML file; every setting in it is a flag, too.
+
+    A file with [blockwise] has flags of its own: shoestring train RUN.toml --help."""
 
     file: Annotated[Positional[str], arg(metavar="RUN.toml")]
     """The run's settings, such as RUN.toml."""
@@ -33,10 +37,30 @@ class Arguments(Common):
     """Overrides."""
 
 
-def defaults(args: Sequence[str]) -> Arguments:
+@dataclass(frozen=True, kw_only=True)
+class BlockArguments(Common):
+    """Train one block, or all of them in turn; every setting of the file is a flag, too."""
+
+    file: Annotated[Positional[str], arg(metavar="RUN.toml")]
+    """The run's settings, with a table [blockwise]."""
+    block: int | None = None
+    """Train this block (1 has the highest noise) and no other; None = all, one in memory at a
+    time."""
+    config: Annotated[BlockwiseConfig, arg(name="")] = field(default_factory=BlockwiseConfig)
+    """Overrides."""
+
+
+def defaults(args: Sequence[str]) -> Arguments | BlockArguments:
     """What the flags start from: the file's settings."""
     asks = {"-h", "--help"} & set(args)
     word = _file(args)
+    if word is not None and is_blockwise(Path(word)):
+        return BlockArguments(file=word, config=BlockwiseConfig.load(Path(word)))
+    if word is not None and any(each.partition("=")[0] == "--block" for each in args):
+        raise ConfigError(
+            f"--block is given, and {word} has no table [blockwise]",
+            expected="a run whose blocks are trained apart",
+        )
     if word is not None and (not asks or Path(word).is_file()):
         return Arguments(file=word, config=RunConfig.load(Path(word)))
     if asks:
@@ -81,8 +105,10 @@ def _kinds() -> dict[str, Any]:
     return found
 
 
-def run(arguments: Arguments, terminal: Terminal) -> int:
+def run(arguments: Arguments | BlockArguments, terminal: Terminal) -> int:
     """Trains; exit code 0, or 130 when it was interrupted and has saved what there was."""
+    if isinstance(arguments, BlockArguments):
+        return run_blocks(arguments, terminal)
     from ..training.loop import train
     from .progress import Watcher
 
@@ -91,6 +117,39 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
     with Watcher(terminal, arguments.config.run) as watch:
         done = train(arguments.config, progress=watch)
     return finished(done, terminal, watch)
+
+
+def run_blocks(arguments: BlockArguments, terminal: Terminal) -> int:
+    """Trains one block or all of them."""
+    from ..training.blockwise.every import train_every_block
+    from ..training.blockwise.job import train_block
+
+    def tell(event: dict[str, Any]) -> None:
+        terminal.emit(event)
+        if event["event"] == "step":
+            terminal.note(
+                f"block {event['block']}: update {event['step']} of {config.run.steps}, "
+                f"loss {event['loss']:.4f}"
+            )
+
+    config, block = arguments.config, arguments.block
+    if block is not None:
+        done = [train_block(config, block, progress=tell)]
+    else:
+        done = train_every_block(config, progress=tell)
+    for each in done:
+        terminal.emit({"event": "done", "directory": str(each.directory), "receipt": each.receipt})
+        held_out = each.receipt["held_out"] or {}
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in held_out.items())
+        terminal.say(
+            f"block {each.block} is {each.status} after {each.updates} updates, in "
+            f"{each.directory}" + (f"; held out: {numbers}" if numbers else "")
+        )
+    if all(each.status == "finished" for each in done):
+        terminal.say(f"when all are there: shoestring merge {shlex.quote(config.run.directory)}")
+        return 0
+    terminal.say("the same command goes on with it")
+    return 130
 
 
 def finished(done: "Run", terminal: Terminal, watch: "Watcher | None" = None) -> int:

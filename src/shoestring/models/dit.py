@@ -61,11 +61,13 @@ class DiTConfig:
     def __post_init__(self) -> None:
         self._require(self.blocks >= 1, f"{self.blocks} blocks", "1 or more")
         if self.layers < 1 or self.layers % self.blocks:
-            near = sorted(divisors(self.layers), key=lambda n: (abs(n - self.blocks), n))[:2]
+            known = [n for n in range(1, self.layers + 1) if self.layers % n == 0]
+            below = [n for n in known if n < self.blocks][-1:]
+            near = [*below, *[n for n in known if n > self.blocks][:1]]
             raise ConfigError(
                 f"{self.layers} layers in {self.blocks} blocks",
                 expected="a number of blocks that divides the layers",
-                hint=f"The nearest: {' or '.join(map(str, sorted(near)))}." if near else None,
+                hint=f"The nearest: {' or '.join(map(str, near))}." if near else None,
             )
         self._require(
             self.width % self.heads == 0, f"width {self.width} with {self.heads} heads",
@@ -109,11 +111,6 @@ class DiTConfig:
             return cls(**data)
         except TypeError as error:
             raise ConfigError(f"a DiT that cannot be read ({error})") from None
-
-
-def divisors(count: int) -> list[int]:
-    """Of a number, ascending."""
-    return [n for n in range(1, count + 1) if count % n == 0]
 
 
 class Layer(nn.Module):

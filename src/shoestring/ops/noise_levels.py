@@ -320,7 +320,9 @@ def partition(
     else:
         wanted = [name for name in SPACINGS if name != "log" or law.low > 0]
         raise ConfigError(f"spacing = {spacing!r}", expected=f"one of {', '.join(wanted)}")
-    return Partition(law, (law.low, *map(float, inner), law.high), overlap)
+    # Twelve digits: what machines compute differently must not tell their blocks apart.
+    edges = (float(f"{edge:.12g}") for edge in inner.tolist())
+    return Partition(law, (law.low, *edges, law.high), overlap)
 
 
 # ---- twins -------------------------------------------------------------------------------------

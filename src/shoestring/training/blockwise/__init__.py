@@ -1,0 +1,12 @@
+"""Block-wise training: every block of a denoiser is a job of its own; `merge` makes them one model.
+
+config      the settings of such a run, read without torch
+pictures    images from a file; letters: bytes of a text
+task        what a block is trained on: data, objective, table, and the identity merge compares
+job         one block: built alone, trained, saved, gone on with bit for bit
+every       all blocks in one process, one of them in memory at a time
+merging     the blocks of one or many directories put together
+sampling    a merged model draws: each noise level is answered by the block that owns it
+
+Nothing is imported here, so that settings are read quickly.
+"""

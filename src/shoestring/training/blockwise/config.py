@@ -1,0 +1,193 @@
+"""The settings of a block-wise run, as frozen dataclasses: no torch here.
+
+A run file is block-wise when it has a table `[blockwise]`. Steps, schedule and learning rate are
+those of *one* block: B blocks of 1000 steps make 1000 B updates in all.
+"""
+
+import os
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ...errors import ConfigError
+from .. import toml
+from ..config import OptimConfig, ScheduleConfig, _at_least, _require, _share
+
+OBJECTIVES = ("edm", "flow", "masked")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockRunConfig:
+    """Where the blocks are kept, and how long each is trained."""
+
+    directory: str = "runs/blocks"
+    """Folder that gets a folder for every block; made when missing."""
+    seed: int = 0
+    """Seed of weights, data order and noise, and of the table of a text."""
+    steps: int = 1000
+    """Updates of each block."""
+    device: str = "auto"
+    """auto (CUDA when there is one, else CPU), cpu, cuda or cuda:N."""
+    threads: int = 0
+    """CPU threads; 0 = torch's own choice."""
+    save_every: int = 0
+    """Updates between two checkpoints; 0 = only at the end and when interrupted."""
+    keep: int = 2
+    """Checkpoints to keep of each block."""
+    turn: int = 0
+    """Without --block: updates of a block before the next one has its turn; 0 = all of them."""
+    replace: bool = False
+    """Start anew where a block has been trained before, which is then lost."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.directory.strip()), "run.directory", self.directory, "a folder")
+        _at_least(0, "run", self, "seed", "threads", "save_every", "turn")
+        _at_least(1, "run", self, "steps", "keep")
+        kind, _, index = self.device.partition(":")
+        is_device = self.device in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdigit())
+        _require(is_device, "run.device", self.device, "auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenoiserConfig:
+    """The shape of the whole diffusion transformer; what the data decide is not asked for."""
+
+    num_hidden_layers: int = 12
+    """Layers of all blocks together."""
+    hidden_size: int = 384
+    """Width."""
+    num_attention_heads: int = 6
+    """Heads."""
+    intermediate_size: int | None = None
+    """Width inside the MLP; None = 4 times the width."""
+    condition_size: int = 128
+    """Width of the vector that noise level and class become."""
+    patch_size: int = 4
+    """Pixels of a patch's side."""
+
+    def __post_init__(self) -> None:
+        names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+        _at_least(1, "model", self, *names, "condition_size", "patch_size")
+        _require(
+            self.hidden_size % self.num_attention_heads == 0, "model.hidden_size",
+            self.hidden_size, f"a multiple of model.num_attention_heads = "
+            f"{self.num_attention_heads}",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockDataConfig:
+    """Images from a safetensors file, or the bytes of a text."""
+
+    source: str = "stdlib"
+    """For images a safetensors file with `images` (N, C, H, W), bytes or floats in [-1, 1], and, if
+    there are classes, `labels` (N,). For text stdlib, a text file, or a folder of them."""
+    sequence_length: int = 256
+    """Bytes of a text."""
+    batch_size: int = 32
+    """Images or texts a microbatch; an update sees optim.accumulate of them."""
+    held_out: float = 0.1
+    """Share kept out of training, for evaluation."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.source.strip()), "data.source", self.source, "a file, folder or name")
+        _at_least(1, "data", self, "sequence_length", "batch_size")
+        _require(0 < self.held_out < 1, "data.held_out", self.held_out, "a share between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlocksConfig:
+    """How the network and the noise are divided."""
+
+    blocks: int = 3
+    """How many blocks; a divisor of model.num_hidden_layers."""
+    objective: Literal["edm", "flow", "masked"] = "edm"
+    """edm or flow for images, masked for text."""
+    spacing: Literal["equal", "uniform", "log"] = "equal"
+    """Edges between the blocks' noise levels: equal shares of the training, or evenly in the level
+    or its logarithm."""
+    overlap: float = 0.05
+    """How far a block's training reaches into its neighbours' levels, as a share of its own."""
+    sigma_min: float = 0.002
+    """edm: lowest noise."""
+    sigma_max: float = 80.0
+    """edm: highest noise."""
+    sigma_mean: float = -1.2
+    """edm: mean of ln sigma."""
+    sigma_std: float = 1.2
+    """edm: deviation of ln sigma."""
+    data_std: float = 0.5
+    """edm: deviation of the images' values."""
+    time_std: float = 0.0
+    """flow: deviation of logit-normal times; 0 = uniform times."""
+    alpha: Literal["linear", "cosine"] = "linear"
+    """masked: how the share of unmasked tokens falls with time."""
+    label_dropout: float = 0.1
+    """Share of the labels left out, which guidance needs."""
+    table: str = ""
+    """masked: a safetensors file with the frozen `table` (256, W) of unit rows; empty = one drawn
+    from run.seed."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "blockwise", self, "blocks")
+        _share("blockwise", self, "label_dropout")
+        _require(0 <= self.overlap < 1, "blockwise.overlap", self.overlap, "a share below 1")
+        _require(self.data_std > 0, "blockwise.data_std", self.data_std, "more than 0")
+        _at_least(0, "blockwise", self, "time_std")
+        if self.spacing == "log" and self.objective != "edm":
+            raise ConfigError(
+                f"blockwise.spacing = 'log' with objective {self.objective!r}",
+                expected="equal or uniform: its levels begin at 0",
+            )
+        if self.table and self.objective != "masked":
+            raise ConfigError(
+                f"blockwise.table is set with objective {self.objective!r}",
+                expected="no table: images are their own targets",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockwiseConfig:
+    """A whole block-wise run: one table of the TOML file for each field."""
+
+    run: BlockRunConfig = field(default_factory=BlockRunConfig)
+    model: DenoiserConfig = field(default_factory=DenoiserConfig)
+    data: BlockDataConfig = field(default_factory=BlockDataConfig)
+    blockwise: BlocksConfig = field(default_factory=BlocksConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        layers, blocks = self.model.num_hidden_layers, self.blockwise.blocks
+        if layers % blocks:
+            near = nearest_divisors(layers, blocks)
+            raise ConfigError(
+                f"blockwise.blocks = {blocks} does not divide model.num_hidden_layers = {layers}",
+                expected="a divisor of the layers",
+                hint=f"The nearest: {near}.",
+            )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "BlockwiseConfig":
+        """The run described by a TOML file. ConfigError for anything that cannot be used."""
+        return toml.read(Path(path), cls)
+
+    def to_toml(self) -> str:
+        """This config as TOML; settings that are None are left out."""
+        return toml.write(self)
+
+
+def nearest_divisors(count: int, wanted: int) -> str:
+    """The one or two divisors of `count` next to `wanted`, for a message."""
+    known = [n for n in range(1, count + 1) if count % n == 0]
+    below, above = [n for n in known if n < wanted], [n for n in known if n > wanted]
+    return " or ".join(map(str, [*below[-1:], *above[:1]]))
+
+
+def is_blockwise(path: Path) -> bool:
+    """Whether a run file has the table; False for one that cannot be read, which others report."""
+    try:
+        return "blockwise" in tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,41 @@
+"""All blocks in one process, one of them in memory at a time.
+
+Between two turns a block's weights and optimizer states are in its checkpoint and nowhere else, so
+what is held is what one job holds. What comes of it is bit for bit what the jobs give apart: every
+draw of a step depends on the seed, the block and the step alone.
+"""
+
+import dataclasses
+import gc
+
+from .config import BlockwiseConfig
+from .job import Progress, Trained, train_block
+from .task import task_of
+
+
+def train_every_block(
+    config: BlockwiseConfig, *, progress: Progress | None = None
+) -> list[Trained]:
+    """Train all blocks, `run.turn` updates of one before the next has its turn (0: all of them).
+
+    Returns how each ended; the list ends early, with the block it happened to, when interrupted.
+    Raises what `train_block` raises.
+    """
+    task = task_of(config)
+    ended: dict[int, Trained] = {}
+    steps = config.run.steps
+    turn = config.run.turn or steps
+    for until in range(turn, steps + turn, turn):
+        for block in range(1, config.blockwise.blocks + 1):
+            if until == turn or not config.run.replace:
+                mine = config
+            else:  # it was replaced at its first turn
+                run = dataclasses.replace(config.run, replace=False)
+                mine = dataclasses.replace(config, run=run)
+            ended[block] = train_block(
+                mine, block, task=task, until=min(until, steps), progress=progress
+            )
+            gc.collect()  # the block that just ended, before the next one is made
+            if ended[block].status == "interrupted":
+                return list(ended.values())
+    return list(ended.values())

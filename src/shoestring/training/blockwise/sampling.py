@@ -1,0 +1,193 @@
+"""What a merged model draws and knows: every noise level is answered by the block that owns it.
+
+Images come by Euler steps from the highest level down a grid even in mass, one block a step;
+the last call's D is the image. With guidance g, D = D_none + g (D_class - D_none). Text comes by
+unmasking: between two levels of masses m > m' every masked token is drawn with probability
+(m - m') / m, from the block's own prediction, and then stays.
+
+Source: EDM, arXiv 2206.00364; classifier-free guidance, 2207.12598; MD4, 2406.04329, sec. 3.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...models.dit import DiT
+from ...objectives.denoise import Denoise, Draw
+from ...objectives.masked_diffusion import MaskedDiffusion, bits_per_token
+from ...ops.preconditioning import euler_step
+from .merging import Merged
+
+# N samples, T tokens, K levels
+
+
+@torch.no_grad()
+def denoised(
+    merged: Merged,
+    z: Tensor,
+    level: float,
+    labels_N: Tensor | None = None,
+    *,
+    guidance: float = 1.0,
+) -> Tensor:
+    """The clean images that the owner of a level expects behind z (N, C, H, W).
+
+    guidance: 1 = as asked for, 0 = without a class, more = away from the latter.
+    """
+    objective, net = _images(merged), merged.model.block(_owner(merged, level))
+    levels = torch.full((len(z),), level, dtype=torch.float64)
+    asked = objective.denoised(net, z, levels, labels_N)
+    if labels_N is None or guidance == 1.0:
+        return asked
+    free = objective.denoised(net, z, levels, torch.full_like(labels_N, objective.classes))
+    return free + guidance * (asked - free)
+
+
+@torch.no_grad()
+def sample_images(
+    merged: Merged,
+    count: int,
+    *,
+    steps: int | None = None,
+    labels: Sequence[int] | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+    first: float | None = None,
+) -> Tensor:
+    """`count` images (N, C, H, W), float32.
+
+    steps: calls of a block (of two with guidance); by default one more than there are blocks, which
+    visits each.  labels: a class for each image; None = no class.  first: level to start at, the
+    highest if not given.  ConfigError for classes that there are not, or where there are none.
+    """
+    objective, shape = _images(merged), merged.model.config
+    labels_N = _labels(labels, count, shape.classes)
+    grid = merged.partition.grid(steps or merged.partition.blocks + 1, first=first)
+    noise = torch.randn(
+        count, shape.channels, shape.size, shape.size, generator=torch.Generator().manual_seed(seed)
+    )
+    z = noise.to(_device(merged.model))
+    z = objective.start(z) if first is None else _started(objective, z, first)
+    if labels_N is not None:
+        labels_N = labels_N.to(z.device)
+    for level, following in itertools.pairwise(grid):
+        clean = denoised(merged, z, level, labels_N, guidance=guidance)
+        ends = torch.tensor([[level], [following]], dtype=torch.float64, device=z.device)
+        z = euler_step(z, clean, *ends)
+    if grid[-1] > 0:  # time 0 of a flow has no noise left
+        z = denoised(merged, z, grid[-1], labels_N, guidance=guidance)
+    return z
+
+
+@torch.no_grad()
+def sample_text(
+    merged: Merged, count: int, *, steps: int = 64, temperature: float = 1.0, seed: int = 0
+) -> Tensor:
+    """`count` texts (N, T), int64, of a model of masked diffusion, unmasked in `steps` steps."""
+    objective, table = _masked(merged), merged.model.table
+    assert table is not None
+    if steps < 1 or not temperature > 0:
+        raise ConfigError(
+            f"{steps} steps at temperature {temperature}", expected="1 or more, and more than 0"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, merged.model.config.length)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=table.device)
+    masked = torch.ones(shape, dtype=torch.bool, device=table.device)
+    masses = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    levels = objective.partition.law.level(masses).tolist()
+    for level, (mass, following) in zip(levels, itertools.pairwise(masses.tolist()), strict=False):
+        net = merged.model.block(_owner(merged, level))
+        noise = torch.full((count,), level, device=table.device)
+        logits = (net(tokens, masked, noise, table) @ table.T).float().cpu() / temperature
+        drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
+        u = torch.rand(shape, generator=generator, dtype=torch.float64)
+        shown = masked & (u < (mass - following) / mass).to(masked.device)
+        tokens = torch.where(shown, drawn.view(shape).to(tokens.device), tokens)
+        masked = masked & ~shown
+    return tokens
+
+
+@torch.no_grad()
+def losses_at(
+    merged: Merged,
+    images: Tensor,
+    labels_N: Tensor | None,
+    levels_K: Sequence[float],
+    seed: int = 0,
+) -> list[float]:
+    """Mean loss of held-out images at each of some levels, each answered by its owner."""
+    objective = _images(merged)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    found = []
+    for level in levels_K:
+        levels = torch.full((len(images),), level, dtype=torch.float64)
+        draw = Draw(levels, noise.to(images.device), labels_N)
+        net = merged.model.block(_owner(merged, level))
+        found.append(float(objective.losses(net, images, draw).double().mean()))
+    return found
+
+
+def bits_per_character(
+    merged: Merged, texts_NT: Tensor, *, draws: int = 8, seed: int = 0
+) -> tuple[float, list[float]]:
+    """(bits a token of the bound, each block's part of it) of texts; where tokens are bytes, bits a
+    character. An upper bound on the true number, estimated with `draws` levels a text and block."""
+    objective, table = _masked(merged), merged.model.table
+    assert table is not None
+    parts = []
+    for block in range(1, merged.partition.blocks + 1):
+        nats = objective.nelbo(
+            merged.model.block(block), block, texts_NT, table,
+            torch.Generator().manual_seed(seed + block), draws=draws,
+        )  # fmt: skip
+        parts.append(bits_per_token(nats, texts_NT.shape[1]))
+    return sum(parts), parts
+
+
+def _owner(merged: Merged, level: float) -> int:
+    return int(merged.partition.route(torch.tensor(level, dtype=torch.float64)))
+
+
+def _images(merged: Merged) -> Denoise:
+    if not isinstance(merged.objective, Denoise):
+        raise ConfigError(
+            "a text model was asked for images", expected="a model of edm or flow",
+            hint="sample_text draws texts, bits_per_character scores them.",
+        )  # fmt: skip
+    return merged.objective
+
+
+def _masked(merged: Merged) -> MaskedDiffusion:
+    if not isinstance(merged.objective, MaskedDiffusion):
+        raise ConfigError(
+            f"a model of {merged.objective.kind} was asked for a text or its likelihood",
+            expected="a model of masked diffusion",
+            hint="sample_images draws images, losses_at scores them at fixed noise levels.",
+        )
+    return merged.objective
+
+
+def _started(objective: Denoise, noise: Tensor, first: float) -> Tensor:
+    """z at a level below the highest, where the data's own part is not nothing any more."""
+    if objective.kind == "flow":
+        return noise
+    return noise * (first**2 + objective.data_std**2) ** 0.5
+
+
+def _labels(labels: Sequence[int] | None, count: int, classes: int) -> Tensor | None:
+    if labels is None:
+        return None
+    if len(labels) != count or not all(0 <= each < classes for each in labels):
+        raise ConfigError(
+            f"classes {list(labels)[:8]} for {count} images",
+            expected=f"{count} of 0 to {classes - 1}" if classes else "none: the model has none",
+        )
+    return torch.tensor(labels, dtype=torch.int64)
+
+
+def _device(model: DiT) -> torch.device:
+    return next(model.parameters()).device
