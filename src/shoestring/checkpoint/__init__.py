@@ -11,7 +11,7 @@ held        files that one process holds at a time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .directory import atomic_directory, newest_complete, write_text
+from .directory import atomic_directory, newest_complete, write_bytes, write_text
 from .lock import Lock
 from .manifest import MANIFEST, read_manifest, verify
 
@@ -27,6 +27,7 @@ __all__ = [
     "newest_complete",
     "read_manifest",
     "verify",
+    "write_bytes",
     "write_text",
 ]
 

@@ -59,10 +59,20 @@ def write_text(path: str | Path, text: str) -> None:
 
     Any number of writers may do so at once: each has a file of its own until it is renamed.
     """
+    try:
+        content = text.encode()
+    except UnicodeError as error:
+        raise CheckpointError(
+            f"Cannot write {path}: {error}", expected="text that UTF-8 can hold"
+        ) from error
+    write_bytes(path, content)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """The same for a small file of any content."""
     final = Path(path)
     temporary: Path | None = None
     try:
-        content = text.encode()
         _sweep_files(final)
         descriptor, temporary = _own_file(final)
         with os.fdopen(descriptor, "wb") as file:
@@ -77,10 +87,6 @@ def write_text(path: str | Path, text: str) -> None:
             temporary.replace(final)
         temporary = None
         _flush(final.parent)
-    except UnicodeError as error:
-        raise CheckpointError(
-            f"Cannot write {final}: {error}", expected="text that UTF-8 can hold"
-        ) from error
     except OSError as error:
         raise unwritable(final, error) from error
     finally:

@@ -22,6 +22,7 @@ VERBS = {
     "train": "train inside the budget, from a TOML file",
     "resume": "go on with a run that ended early, bit for bit",
     "merge": "put blocks that were trained apart together as one model",
+    "sample": "draw pictures or texts from merged blocks",
     "report": "one page of a run, or of several over one another",
     "generate": "continue a text with a trained model",
     "calibrate": "which errors of its context a model notices, for small contexts",

@@ -46,6 +46,8 @@ class BlockArguments(Common):
     block: int | None = None
     """Train this block (1 has the highest noise) and no other; None = all, one in memory at a
     time."""
+    ray: str | None = None
+    """Train all blocks as jobs of Ray: local = on this machine, auto or host:port = a cluster."""
     config: Annotated[BlockwiseConfig, arg(name="")] = field(default_factory=BlockwiseConfig)
     """Overrides."""
 
@@ -133,7 +135,15 @@ def run_blocks(arguments: BlockArguments, terminal: Terminal) -> int:
             )
 
     config, block = arguments.config, arguments.block
-    if block is not None:
+    if arguments.ray is not None:
+        if block is not None:
+            raise ConfigError(
+                "--ray with --block", expected="one of the two: Ray trains all blocks"
+            )
+        from ..training.blockwise.on_ray import train_on_ray
+
+        done = train_on_ray(config, address=arguments.ray, progress=tell)
+    elif block is not None:
         done = [train_block(config, block, progress=tell)]
     else:
         done = train_every_block(config, progress=tell)

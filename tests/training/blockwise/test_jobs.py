@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from shoestring.checkpoint import Store
+from shoestring.cli.main import main
 from shoestring.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from shoestring.models.dit import DiT
 from shoestring.training.blockwise import job, task
@@ -29,6 +30,14 @@ def state_of(config, block):
         **{f"weights {name}": t for name, t in saved.tensors(MODEL)},
         **{f"states {name}": t for name, t in saved.tensors(OPTIMIZER)},
     }
+
+
+def call(capsys, *args):
+    """(exit code, last JSON line) of a command."""
+    capsys.readouterr()
+    code = main([*map(str, args), "--json"])
+    lines = capsys.readouterr().out.splitlines()
+    return code, json.loads(lines[-1]) if lines else None
 
 
 def equal(one, other):

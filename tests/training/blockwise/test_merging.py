@@ -24,15 +24,7 @@ from shoestring.training.blockwise.sampling import (
 )
 
 from .conftest import bars, changed, elsewhere
-from .test_jobs import state_of
-
-
-def call(capsys, *args):
-    """(exit code, last JSON line) of a command."""
-    capsys.readouterr()
-    code = main([*map(str, args), "--json"])
-    lines = capsys.readouterr().out.splitlines()
-    return code, json.loads(lines[-1]) if lines else None
+from .test_jobs import call, state_of
 
 
 @pytest.fixture

@@ -7,9 +7,11 @@ draw of a step depends on the seed, the block and the step alone.
 
 import dataclasses
 import gc
+from pathlib import Path
 
+from ...checkpoint import Lock
 from .config import BlockwiseConfig
-from .job import Progress, Trained, train_block
+from .job import Progress, Trained, remove, train_block
 from .task import task_of
 
 
@@ -22,20 +24,28 @@ def train_every_block(
     Raises what `train_block` raises.
     """
     task = task_of(config)
+    config = cleared(config)
     ended: dict[int, Trained] = {}
     steps = config.run.steps
     turn = config.run.turn or steps
     for until in range(turn, steps + turn, turn):
         for block in range(1, config.blockwise.blocks + 1):
-            if until == turn or not config.run.replace:
-                mine = config
-            else:  # it was replaced at its first turn
-                run = dataclasses.replace(config.run, replace=False)
-                mine = dataclasses.replace(config, run=run)
             ended[block] = train_block(
-                mine, block, task=task, until=min(until, steps), progress=progress
+                config, block, task=task, until=min(until, steps), progress=progress
             )
             gc.collect()  # the block that just ended, before the next one is made
             if ended[block].status == "interrupted":
                 return list(ended.values())
     return list(ended.values())
+
+
+def cleared(config: BlockwiseConfig) -> BlockwiseConfig:
+    """With `run.replace`, remove what was trained in its directory, blocks that this run does not
+    have among it, and return settings that go on from what is there: nothing."""
+    if not config.run.replace:
+        return config
+    for folder in sorted(Path(config.run.directory).glob("block-*")):
+        if folder.name.removeprefix("block-").isdigit() and folder.is_dir():
+            with Lock(folder):
+                remove(folder)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, replace=False))

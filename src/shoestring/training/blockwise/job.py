@@ -122,11 +122,11 @@ class Job:
         self._lock.__exit__(kind, error, trace)
 
     def _open(self) -> None:
+        self.task = (self._task or task_of(self.config)).to(self.world.device)
         if self.config.run.replace:
-            _remove(self.directory)
+            remove(self.directory)
         self.store.sweep()
         found = newest(self.store)
-        self.task = (self._task or task_of(self.config)).to(self.world.device)
         self.identity = self.task.identity()
         facts = found.json(STATE) if found else None
         if facts is not None:
@@ -317,9 +317,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _remove(directory: Path) -> None:
+def remove(directory: Path) -> None:
     """What an earlier training of the block left; what is not of it stays."""
     for name in ("checkpoints", "table"):
         shutil.rmtree(directory / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "receipt.json"):
+    for name in ("metrics.jsonl", "receipt.json", "attempts.jsonl"):
         (directory / name).unlink(missing_ok=True)

@@ -32,14 +32,19 @@ def grid_of(images: Tensor, columns: int | None = None, *, gap: int = 2) -> Tens
 def png_of(picture: Tensor) -> bytes:
     """A picture (1 or 3, H, W) of bytes as a PNG file. ConfigError for other channels."""
     channels, height, width = picture.shape
-    if channels not in (1, 3):
-        raise ConfigError(f"a picture of {channels} channels", expected="1 or 3 channels for a PNG")
+    check_channels(channels)
     rows = picture.permute(1, 2, 0).reshape(height, width * channels)
     lines = torch.cat((torch.zeros(height, 1, dtype=torch.uint8), rows), dim=1)
     kind = {1: 0, 3: 2}[channels]
     header = struct.pack(">2I5B", width, height, 8, kind, 0, 0, 0)
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.numpy().tobytes())), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, data) for name, data in parts)
+
+
+def check_channels(channels: int) -> None:
+    """ConfigError for images that are neither gray nor in colour."""
+    if channels not in (1, 3):
+        raise ConfigError(f"images of {channels} channels", expected="1 or 3 for a PNG")
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:

@@ -65,7 +65,9 @@ def sample_images(
     """
     objective, shape = _images(merged), merged.model.config
     labels_N = _labels(labels, count, shape.classes)
-    grid = merged.partition.grid(steps or merged.partition.blocks + 1, first=first)
+    grid = merged.partition.grid(
+        merged.partition.blocks + 1 if steps is None else steps, first=first
+    )
     noise = torch.randn(
         count, shape.channels, shape.size, shape.size, generator=torch.Generator().manual_seed(seed)
     )
