@@ -1,10 +1,12 @@
 """A DiT in blocks: each is whole by itself, and is made without the others."""
 
+import math
+
 import pytest
 import torch
 
 from shoestring.errors import ConfigError
-from shoestring.models.dit import DiT, DiTConfig, Layer, unit_table
+from shoestring.models.dit import DiT, DiTConfig, Layer, turned, turns_of, unit_table
 
 IMAGES = DiTConfig(blocks=2, layers=4, width=32, heads=2, size=8, patch=4, classes=3, condition=16)
 TOKENS = DiTConfig(blocks=2, layers=4, width=32, heads=2, vocabulary=11, length=6, condition=16)
@@ -33,6 +35,7 @@ def test_patches_are_cut_and_put_together_in_place(monkeypatch):
     block, seen = DiT.make(config, seed=0).block(1), []
     block.embed = torch.nn.Identity()
     block.embed.register_forward_hook(lambda module, args, x: seen.append(x))
+    block.positions.data.zero_()
     monkeypatch.setattr(type(block), "run", lambda self, x, noise, labels: x)
     z = torch.arange(2 * 2 * 144.0).view(2, 2, 12, 12)
     assert torch.equal(block(z, torch.zeros(2)), z)
@@ -64,6 +67,36 @@ def test_what_stands_at_a_masked_place_is_not_looked_at():
     assert torch.equal(block(tokens, masked, noise, TABLE), block(other, masked, noise, TABLE))
     seen = torch.where(masked, tokens, 10 - tokens)
     assert not torch.equal(block(tokens, masked, noise, TABLE), block(seen, masked, noise, TABLE))
+
+
+def test_tokens_know_how_far_apart_they_are_and_not_where():
+    q, k = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0)).expand(2, 9, 8)
+    turns = turns_of(9, 8, torch.device("cpu"))
+    scores = turned(q, turns) @ turned(k, turns).T
+    for apart in range(-8, 9):
+        same = scores.diagonal(apart)
+        torch.testing.assert_close(same, same[:1].expand_as(same), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(scores[0, 0], scores[0, 5])
+    twin = torch.stack([
+        torch.tensor([
+            x[j] * math.cos(t * s) - x[j + 4] * math.sin(t * s) if j < 4
+            else x[j] * math.cos(t * s) + x[j - 4] * math.sin(t * s)
+            for j in range(8) for s in [10_000 ** (-(j % 4) / 4)]
+        ])
+        for t, x in enumerate(q.tolist())
+    ])  # fmt: skip
+    torch.testing.assert_close(turned(q, turns), twin)
+
+
+def test_the_order_of_tokens_is_heard():
+    block = shaken(DiT.make(TOKENS, seed=0, table=TABLE)).block(1)
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    seen = torch.zeros(1, 6, dtype=torch.bool)
+    seen[0, 2] = True
+    swapped = tokens[:, [1, 0, 2, 3, 4, 5]]
+    noise = torch.tensor([0.3])
+    one, other = (block(t, seen, noise, TABLE)[0, 2] for t in (tokens, swapped))
+    assert not torch.equal(one, other)
 
 
 def test_one_block_is_made_without_the_others_and_equals_its_place_in_the_whole():
@@ -131,6 +164,7 @@ def test_blocks_that_do_not_divide_the_layers_are_told_the_nearest():
         {},
         {"size": 8, "vocabulary": 3, "length": 4},
         {"vocabulary": 3},
+        {"vocabulary": 3, "length": 4, "width": 6, "heads": 2},
     ],
 )
 def test_shape_without_sense_is_refused(settings):

@@ -7,11 +7,14 @@ trained and saved alone; with one block it is an ordinary DiT.
 
 Layers are pre-norm (LayerNorm, attention through SDPA, GELU MLP) with AdaLN-zero: the condition
 (noise level and class) gives shift, scale and gate of both branches, and gates start at 0, so a
-block starts as the identity. Images (N, C, H, W) are cut into patches. Tokens (N, T) are rows of
-the table (V, W), or a learned mask vector; the readout is a projection into the table's space,
-whose product with the table is the logits.
+block starts as the identity. Images (N, C, H, W) are cut into patches, which have learned
+positions. Tokens (N, T) are rows of the table (V, W), or a learned mask vector, and have rotary
+positions; the readout is a projection into the table's space, whose product with the table is the
+logits. Rows of length 1 are multiplied by sqrt(W) on both ways: as they are, they make a nearly
+flat softmax.
 
-Source: DiT, arXiv 2212.09748; DiffusionBlocks, arXiv 2506.14202, sections 3 and App. B.
+Source: DiT, arXiv 2212.09748; DiffusionBlocks, arXiv 2506.14202, sections 3 and App. B; rotary
+positions, arXiv 2104.09864.
 """
 
 import math
@@ -85,6 +88,10 @@ class DiTConfig:
             )  # fmt: skip
         else:
             self._require(self.length >= 1, f"texts of {self.length} tokens", "1 or more")
+            self._require(
+                self.width // self.heads % 2 == 0, f"heads of width {self.width // self.heads}",
+                "an even width, which rotary positions pair",
+            )  # fmt: skip
 
     def _require(self, is_fine: bool, what: str, expected: str) -> None:
         if not is_fine:
@@ -113,6 +120,25 @@ class DiTConfig:
             raise ConfigError(f"a DiT that cannot be read ({error})") from None
 
 
+Turns = tuple[Tensor, Tensor]
+"""Cosines and sines of rotary positions, each (T, width of a head / 2)."""
+
+
+def turns_of(positions: int, width: int, device: torch.device) -> Turns:
+    """Rotary positions of the rows 0..positions - 1."""
+    half = width // 2
+    speeds = 10_000.0 ** (-torch.arange(half, device=device).float() / half)
+    angles = torch.arange(positions, device=device).float()[:, None] * speeds
+    return angles.cos(), angles.sin()
+
+
+def turned(x: Tensor, turns: Turns) -> Tensor:
+    """Rotary positions put into queries or keys (..., T, width), halves paired."""
+    cosine, sine = (part.to(x.dtype) for part in turns)
+    one, other = x.chunk(2, dim=-1)
+    return torch.cat((one * cosine - other * sine, other * cosine + one * sine), dim=-1)
+
+
 class Layer(nn.Module):
     """x + gate a(norm(x)), for attention and then for the MLP; both modulated by the condition."""
 
@@ -126,19 +152,21 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(D, hidden), nn.Linear(hidden, D)
         self.modulation = nn.Linear(config.condition, 6 * D)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x (N, T, D), condition (N, C) -> (N, T, D)."""
+    def forward(self, x: Tensor, condition: Tensor, turns: Turns | None) -> Tensor:
+        """x (N, T, D), condition (N, C), rotary positions or None -> (N, T, D)."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
             self.modulation(condition)[:, None].chunk(6, dim=-1)
         )  # fmt: skip
-        x = x + gate * self.attend(self.attention_norm(x) * (1 + scale) + shift)
+        x = x + gate * self.attend(self.attention_norm(x) * (1 + scale) + shift, turns)
         y = self.mlp_norm(x) * (1 + mlp_scale) + mlp_shift
         return x + mlp_gate * self.down(F.gelu(self.up(y), approximate="tanh"))
 
-    def attend(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor, turns: Turns | None) -> Tensor:
         """Attention of every row to every row."""
         N, T, D = x.shape
         q, k, v = self.qkv(x).view(N, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if turns is not None:
+            q, k = turned(q, turns), turned(k, turns)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.out(y.transpose(1, 2).reshape(N, T, D))
 
@@ -173,7 +201,6 @@ class Block(nn.Module):
         D = config.width
         self.config = config
         self.embed = nn.Linear(into, D)
-        self.positions = nn.Parameter(torch.empty(config.positions, D))
         self.condition = Condition(config)
         count = config.layers // config.blocks
         self.layers = nn.ModuleList([Layer(config) for _ in range(count)])
@@ -184,11 +211,15 @@ class Block(nn.Module):
     def run(self, x: Tensor, noise_N: Tensor, labels_N: Tensor | None) -> Tensor:
         """Embedded rows (N, T, D) to what the head gives, (N, T, out)."""
         condition = self.condition(noise_N, labels_N)
-        x = x + self.positions
+        turns = self.turns(x)
         for layer in self.layers:
-            x = layer(x, condition)
+            x = layer(x, condition, turns)
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
         return self.head(self.norm(x) * (1 + scale) + shift)
+
+    def turns(self, x: Tensor) -> Turns | None:
+        """Rotary positions of the rows, where they have any."""
+        return None
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
@@ -206,15 +237,6 @@ class Block(nn.Module):
             if isinstance(module, Layer | Block):
                 module.modulation.weight.zero_()
         self.head.weight.zero_()
-        self.positions.copy_(self._first_positions())
-
-    def _first_positions(self) -> Tensor:
-        D, side = self.config.width, self.config.size // self.config.patch
-        if not side:
-            return waves_of(torch.arange(self.config.positions), D)
-        rows, columns = (torch.arange(side * side) // side, torch.arange(side * side) % side)
-        half = D // 2
-        return torch.cat((waves_of(rows, half), waves_of(columns, D - half)), dim=1)
 
 
 def waves_of(places: Tensor, width: int) -> Tensor:
@@ -230,6 +252,7 @@ class ImageBlock(Block):
     def __init__(self, config: DiTConfig) -> None:
         values = config.channels * config.patch**2
         super().__init__(config, values, values)
+        self.positions = nn.Parameter(torch.empty(config.positions, config.width))
 
     def forward(self, z: Tensor, noise_N: Tensor, labels_N: Tensor | None = None) -> Tensor:
         """z (N, channels, size, size), noise (N,), labels (N,) int64 or None -> z's shape.
@@ -239,9 +262,18 @@ class ImageBlock(Block):
         side, patch = self.config.size // self.config.patch, self.config.patch
         x = z.unflatten(3, (side, patch)).unflatten(2, (side, patch))  # N, C, h, p, w, q
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        x = self.run(self.embed(x), noise_N, labels_N)
+        x = self.run(self.embed(x) + self.positions, noise_N, labels_N)
         x = x.view(len(z), side, side, self.config.channels, patch, patch)
         return x.permute(0, 3, 1, 4, 2, 5).reshape(z.shape)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        super().reset(generator)
+        D, side = self.config.width, self.config.size // self.config.patch
+        rows, columns = (torch.arange(side * side) // side, torch.arange(side * side) % side)
+        half = D // 2
+        places = torch.cat((waves_of(rows, half), waves_of(columns, D - half)), dim=1)
+        self.positions.copy_(places)
 
 
 class TokenBlock(Block):
@@ -261,9 +293,13 @@ class TokenBlock(Block):
     ) -> Tensor:
         """Tokens, which of them are masked (boolean), noise (N,) -> (N, T, W), whose product with
         the table's rows is the logits. What stands at a masked place is not looked at."""
-        rows = F.embedding(tokens_NT, table_VW) * table_VW.shape[1] ** 0.5
+        scale = table_VW.shape[1] ** 0.5
+        rows = F.embedding(tokens_NT, table_VW) * scale
         x = torch.where(masked_NT[..., None], self.mask, self.embed(rows))
-        return self.run(x, noise_N, labels_N)
+        return self.run(x, noise_N, labels_N) * scale
+
+    def turns(self, x: Tensor) -> Turns:
+        return turns_of(x.shape[1], self.config.width // self.config.heads, x.device)
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
