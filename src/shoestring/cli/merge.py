@@ -4,6 +4,7 @@ Each argument is a run directory with its block-N folders, or the folder of a si
 from another machine. Blocks that do not belong together are told apart before anything is written.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,10 +27,13 @@ class Arguments(Common):
 
 def run(arguments: Arguments, terminal: Terminal) -> int:
     """Merges; exit code 0."""
-    from ..training.blockwise.merging import merge
+    from ..training.blockwise.merging import FACTS, bound_of, merge
 
     into = Path(arguments.to) if arguments.to else None
     place = merge([Path(each) for each in arguments.directories], into)
-    terminal.emit({"model": str(place)})
+    bits = bound_of(json.loads((place / FACTS).read_text(encoding="utf-8")))
+    terminal.emit({"model": str(place), "bits_per_byte": bits})
     terminal.say(f"the model is in {place}")
+    if bits is not None:
+        terminal.say(f"held-out text: {bits:.4f} bits per byte, the sum of the blocks' parts")
     return 0

@@ -76,7 +76,7 @@ def test_blocks_of_several_machines_are_merged(images, folder, capsys):
     code, line = call(
         capsys, "merge", one.run.directory, Path(two.run.directory) / "block-2", "--to", place
     )
-    assert (code, line) == (0, {"model": str(place)})
+    assert (code, line) == (0, {"model": str(place), "bits_per_byte": None})
     facts = load_merged(place).facts
     assert [(b["block"], b["updates"], b["seed"]) for b in facts["blocks"]] == [
         (1, 6, 0),
@@ -322,6 +322,15 @@ def test_bits_of_a_text_are_the_sum_of_its_blocks(text, merged_text):
     assert 4 < bits < 9  # a little better than knowing nothing, which is 8
     apart = [made.evaluate(merged_text.model.block(b), b)["bits per byte"] for b in (1, 2)]
     assert bits == pytest.approx(sum(apart), rel=0.1)
+
+
+def test_merge_tells_the_bits_that_the_blocks_found(text, capsys):
+    done = train_every_block(text)
+    found = sum(each.receipt["held_out"]["bits per byte"] for each in done)
+    assert call(capsys, "merge", text.run.directory)[1]["bits_per_byte"] == pytest.approx(found)
+    train_block(changed(text, run={"steps": 8}), 2)
+    (Path(text.run.directory) / "block-2" / "receipt.json").unlink()
+    assert call(capsys, "merge", text.run.directory)[1]["bits_per_byte"] is None
 
 
 def test_texts_are_drawn_whole_and_repeat_with_the_seed(merged_text):

@@ -44,6 +44,15 @@ class Found:
         """1..B."""
         return int(self.facts["block"])
 
+    def held_out(self) -> dict[str, float] | None:
+        """The receipt's held-out numbers of these weights, None where it has none."""
+        try:
+            text = (self.directory / "receipt.json").read_text(encoding="utf-8")
+            receipt = json.loads(text)
+            return dict(receipt["held_out"]) if receipt["updates"] == self.facts["step"] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
 
 class OnDisk(InParts):
     """A tensor of a safetensors file, read when it is written."""
@@ -85,9 +94,13 @@ def merge(directories: Sequence[str | Path], into: str | Path | None = None) -> 
     facts = {
         **first.facts["identity"],
         "blocks": [
-            {"block": b.block, "updates": b.facts["step"], "seed": b.facts["seed"]} for b in blocks
+            {
+                "block": b.block, "updates": b.facts["step"], "seed": b.facts["seed"],
+                "held_out": b.held_out(),
+            }
+            for b in blocks
         ],
-    }
+    }  # fmt: skip
     with atomic_directory(final, known := {}) as temporary:
         known[WEIGHTS] = write_tensors(temporary / WEIGHTS, tensors)
         text = json.dumps(facts, indent=1) + "\n"
@@ -210,6 +223,15 @@ def _table(found: Found, digest: str) -> Tensor:
             expected=f"sha256 {digest}",
         )
     return table
+
+
+def bound_of(facts: Mapping[str, Any]) -> float | None:
+    """Bits per byte of a merged text model: the sum of what its blocks found, each of its own part
+    of the bound. None for images, and where a block has no number."""
+    if facts["objective"]["kind"] != "masked":
+        return None
+    parts = [(block["held_out"] or {}).get("bits per byte") for block in facts["blocks"]]
+    return None if None in parts else float(sum(parts))
 
 
 # ---- reading -----------------------------------------------------------------------------------
