@@ -231,7 +231,8 @@ def bound_of(facts: Mapping[str, Any]) -> float | None:
     if facts["objective"]["kind"] != "masked":
         return None
     parts = [(block["held_out"] or {}).get("bits per byte") for block in facts["blocks"]]
-    return None if None in parts else float(sum(parts))
+    known = [float(part) for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 # ---- reading -----------------------------------------------------------------------------------
