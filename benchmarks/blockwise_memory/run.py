@@ -25,7 +25,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from shoestring.meter import Meter
-from shoestring.models.dit import Block, DiT, DiTConfig, Layer, unit_table
+from shoestring.models.dit import Block, DiT, unit_table
+from shoestring.models.dit_config import DiTConfig
+from shoestring.models.dit_layers import Layer
 from shoestring.objectives.denoise import Denoise
 from shoestring.objectives.masked_diffusion import MaskedDiffusion
 from shoestring.ops.noise_levels import LogNormal, MaskTime, partition

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from shoestring.errors import ConfigError
-from shoestring.models.dit import DiT, DiTConfig, Layer, turned, turns_of, unit_table
+from shoestring.models.dit import DiT, unit_table
+from shoestring.models.dit_config import DiTConfig
+from shoestring.models.dit_layers import Layer, turned, turns_of
 
 IMAGES = DiTConfig(blocks=2, layers=4, width=32, heads=2, size=8, patch=4, classes=3, condition=16)
 TOKENS = DiTConfig(blocks=2, layers=4, width=32, heads=2, vocabulary=11, length=6, condition=16)

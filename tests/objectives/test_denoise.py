@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from shoestring.errors import ConfigError
-from shoestring.models.dit import DiT, DiTConfig
+from shoestring.models.dit import DiT
+from shoestring.models.dit_config import DiTConfig
 from shoestring.objectives import denoise
 from shoestring.objectives.denoise import Denoise, Draw
 from shoestring.ops.noise_levels import FlowTime, LogNormal, MaskTime, partition

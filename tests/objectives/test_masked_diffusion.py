@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from shoestring.errors import ConfigError
-from shoestring.models.dit import DiT, DiTConfig, unit_table
+from shoestring.models.dit import DiT, unit_table
+from shoestring.models.dit_config import DiTConfig
 from shoestring.objectives import masked_diffusion
 from shoestring.objectives.masked_diffusion import (
     Draw,

@@ -18,179 +18,16 @@ positions, arXiv 2104.09864.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .dit_config import DiTConfig
+from .dit_layers import Condition, Layer, Turns, turns_of, waves_of
 
 # N samples, T tokens or patches, D width, C width of the condition, W width of the table
-
-FREQUENCIES = 128
-"""Of the sinusoids that a noise level becomes; a power of two apart, 1/4 to 64 in all."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DiTConfig:
-    """Shape of a DiT: images where size is given, tokens where vocabulary is. ConfigError for
-    widths that do not divide, and for layers that blocks do not."""
-
-    blocks: int = 1
-    layers: int = 12
-    width: int = 384
-    heads: int = 6
-    hidden: int | None = None
-    """Width inside the MLP; None = 4 times the width."""
-    condition: int = 128
-    """Width of the condition."""
-    classes: int = 0
-    """Classes that can be asked for; 0 = unconditional."""
-    size: int = 0
-    """Pixels of a side."""
-    channels: int = 1
-    patch: int = 4
-    """Pixels of a patch's side."""
-    vocabulary: int = 0
-    """Tokens, the mask not counted."""
-    length: int = 0
-    """Tokens of a text."""
-    table_width: int | None = None
-    """Width of the table's rows; None = the width, or the vocabulary where that is less."""
-
-    def __post_init__(self) -> None:
-        self._require(self.blocks >= 1, f"{self.blocks} blocks", "1 or more")
-        if self.layers < 1 or self.layers % self.blocks:
-            known = [n for n in range(1, self.layers + 1) if self.layers % n == 0]
-            below = [n for n in known if n < self.blocks][-1:]
-            near = [*below, *[n for n in known if n > self.blocks][:1]]
-            raise ConfigError(
-                f"{self.layers} layers in {self.blocks} blocks",
-                expected="a number of blocks that divides the layers",
-                hint=f"The nearest: {' or '.join(map(str, near))}." if near else None,
-            )
-        self._require(
-            self.width % self.heads == 0, f"width {self.width} with {self.heads} heads",
-            "a width that the heads divide",
-        )  # fmt: skip
-        self._require(
-            bool(self.size) != bool(self.vocabulary),
-            f"images of size {self.size} and a vocabulary of {self.vocabulary}",
-            "one of the two",
-        )
-        if self.size:
-            self._require(
-                self.size % self.patch == 0, f"images of size {self.size}",
-                f"a multiple of the patch, {self.patch}",
-            )  # fmt: skip
-        else:
-            self._require(self.length >= 1, f"texts of {self.length} tokens", "1 or more")
-            self._require(
-                self.width // self.heads % 2 == 0, f"heads of width {self.width // self.heads}",
-                "an even width, which rotary positions pair",
-            )  # fmt: skip
-
-    def _require(self, is_fine: bool, what: str, expected: str) -> None:
-        if not is_fine:
-            raise ConfigError(what, expected=expected)
-
-    @property
-    def positions(self) -> int:
-        """T: patches of an image, or tokens of a text."""
-        return (self.size // self.patch) ** 2 if self.size else self.length
-
-    @property
-    def row(self) -> int:
-        """W: width of the table's rows."""
-        return self.table_width or min(self.width, self.vocabulary)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "DiTConfig":
-        """The config that `to_json` gave. ConfigError for anything else."""
-        try:
-            return cls(**data)
-        except TypeError as error:
-            raise ConfigError(f"a DiT that cannot be read ({error})") from None
-
-
-Turns = tuple[Tensor, Tensor]
-"""Cosines and sines of rotary positions, each (T, width of a head / 2)."""
-
-
-def turns_of(positions: int, width: int, device: torch.device) -> Turns:
-    """Rotary positions of the rows 0..positions - 1."""
-    half = width // 2
-    speeds = 10_000.0 ** (-torch.arange(half, device=device).float() / half)
-    angles = torch.arange(positions, device=device).float()[:, None] * speeds
-    return angles.cos(), angles.sin()
-
-
-def turned(x: Tensor, turns: Turns) -> Tensor:
-    """Rotary positions put into queries or keys (..., T, width), halves paired."""
-    cosine, sine = (part.to(x.dtype) for part in turns)
-    one, other = x.chunk(2, dim=-1)
-    return torch.cat((one * cosine - other * sine, other * cosine + one * sine), dim=-1)
-
-
-class Layer(nn.Module):
-    """x + gate a(norm(x)), for attention and then for the MLP; both modulated by the condition."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        D, hidden = config.width, config.hidden or 4 * config.width
-        self.heads = config.heads
-        self.attention_norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
-        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.mlp_norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
-        self.up, self.down = nn.Linear(D, hidden), nn.Linear(hidden, D)
-        self.modulation = nn.Linear(config.condition, 6 * D)
-
-    def forward(self, x: Tensor, condition: Tensor, turns: Turns | None) -> Tensor:
-        """x (N, T, D), condition (N, C), rotary positions or None -> (N, T, D)."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
-            self.modulation(condition)[:, None].chunk(6, dim=-1)
-        )  # fmt: skip
-        x = x + gate * self.attend(self.attention_norm(x) * (1 + scale) + shift, turns)
-        y = self.mlp_norm(x) * (1 + mlp_scale) + mlp_shift
-        return x + mlp_gate * self.down(F.gelu(self.up(y), approximate="tanh"))
-
-    def attend(self, x: Tensor, turns: Turns | None) -> Tensor:
-        """Attention of every row to every row."""
-        N, T, D = x.shape
-        q, k, v = self.qkv(x).view(N, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if turns is not None:
-            q, k = turned(q, turns), turned(k, turns)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.out(y.transpose(1, 2).reshape(N, T, D))
-
-
-class Condition(nn.Module):
-    """Noise level and class as one vector (N, C)."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        C = config.condition
-        self.first, self.second = nn.Linear(2 * FREQUENCIES, C), nn.Linear(C, C)
-        # the last row stands for no class
-        self.label = nn.Embedding(config.classes + 1, C) if config.classes else None
-
-    def forward(self, noise_N: Tensor, labels_N: Tensor | None) -> Tensor:
-        place = torch.linspace(-2, 6, FREQUENCIES, device=noise_N.device)
-        angles = noise_N.float()[:, None] * torch.exp2(place)
-        waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.first.weight.dtype)
-        condition = self.second(F.silu(self.first(waves)))
-        if self.label is not None:
-            if labels_N is None:
-                labels_N = torch.full_like(noise_N, self.label.num_embeddings - 1).long()
-            condition = condition + self.label(labels_N)
-        return F.silu(condition)
 
 
 class Block(nn.Module):
@@ -237,13 +74,6 @@ class Block(nn.Module):
             if isinstance(module, Layer | Block):
                 module.modulation.weight.zero_()
         self.head.weight.zero_()
-
-
-def waves_of(places: Tensor, width: int) -> Tensor:
-    """Sinusoids of positions, (T, width) (arXiv 1706.03762, 3.5)."""
-    half = (width + 1) // 2
-    angles = places[:, None].float() * 10_000.0 ** (-torch.arange(half).float() / half)
-    return torch.cat((angles.sin(), angles.cos()), dim=1)[:, :width]
 
 
 class ImageBlock(Block):

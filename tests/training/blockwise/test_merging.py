@@ -9,7 +9,7 @@ import torch
 
 from shoestring.cli.main import main
 from shoestring.errors import CheckpointError, ConfigError
-from shoestring.models.dit import Layer
+from shoestring.models.dit_layers import Layer
 from shoestring.training.blockwise import sampling, task
 from shoestring.training.blockwise.config import BlockwiseConfig
 from shoestring.training.blockwise.every import train_every_block

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoestring.models.dit import DiT, DiTConfig, unit_table
+from shoestring.models.dit import DiT, unit_table
+from shoestring.models.dit_config import DiTConfig
 from shoestring.objectives.denoise import Denoise
 from shoestring.objectives.masked_diffusion import MaskedDiffusion
 from shoestring.ops.noise_levels import LogNormal, MaskTime, partition

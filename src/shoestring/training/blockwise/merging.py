@@ -20,7 +20,8 @@ from torch import Tensor
 from ...checkpoint import Checkpoint, Store, atomic_directory, verify
 from ...checkpoint.tensors import InParts, read_tensors, write_tensors
 from ...errors import CheckpointError, ConfigError
-from ...models.dit import DiT, DiTConfig
+from ...models.dit import DiT
+from ...models.dit_config import DiTConfig
 from ...objectives.denoise import Denoise
 from ...objectives.masked_diffusion import MaskedDiffusion
 from ...ops.noise_levels import Partition

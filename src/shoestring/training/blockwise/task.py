@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...models.dit import Block, DiT, DiTConfig, unit_table
+from ...models.dit import Block, DiT, unit_table
+from ...models.dit_config import DiTConfig
 from ...objectives import denoise, masked_diffusion
 from ...objectives.denoise import Denoise
 from ...objectives.masked_diffusion import MaskedDiffusion
