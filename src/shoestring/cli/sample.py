@@ -53,6 +53,11 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
     from ..training.distributed import pick_device
 
     merged = load_merged(arguments.model, device=pick_device(arguments.device))
+    if merged.model.config.answers:
+        raise ConfigError(
+            f"{arguments.model} classifies images", expected="a model that draws",
+            hint="shoestring.training.blockwise.sampling.classify answers with classes.",
+        )  # fmt: skip
     _check_fits(arguments, merged.model.config.size > 0)
     drawn = _pictures if merged.model.config.size else _texts
     terminal.emit(drawn(arguments, merged, terminal))

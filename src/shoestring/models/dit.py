@@ -11,7 +11,8 @@ block starts as the identity. Images (N, C, H, W) are cut into patches, which ha
 positions. Tokens (N, T) are rows of the table (V, W), or a learned mask vector, and have rotary
 positions; the readout is a projection into the table's space, whose product with the table is the
 logits. Rows of length 1 are multiplied by sqrt(W) on both ways: as they are, they make a nearly
-flat softmax.
+flat softmax. A classifier reads patches and one row more, the noised row of the table that stands
+for the class, and answers there with logits.
 
 Source: DiT, arXiv 2212.09748; DiffusionBlocks, arXiv 2506.14202, sections 3 and App. B; rotary
 positions, arXiv 2104.09864.
@@ -76,34 +77,61 @@ class Block(nn.Module):
         self.head.weight.zero_()
 
 
-class ImageBlock(Block):
-    """A denoiser of images."""
+class PatchBlock(Block):
+    """What reads images: (N, channels, height, size) as patches with learned positions."""
 
-    def __init__(self, config: DiTConfig) -> None:
-        values = config.channels * config.patch**2
-        super().__init__(config, values, values)
+    def __init__(self, config: DiTConfig, into: int, out: int) -> None:
+        super().__init__(config, into, out)
         self.positions = nn.Parameter(torch.empty(config.positions, config.width))
 
-    def forward(self, z: Tensor, noise_N: Tensor, labels_N: Tensor | None = None) -> Tensor:
-        """z (N, channels, size, size), noise (N,), labels (N,) int64 or None -> z's shape.
-
-        A label equal to `classes` stands for no class.
-        """
-        side, patch = self.config.size // self.config.patch, self.config.patch
-        x = z.unflatten(3, (side, patch)).unflatten(2, (side, patch))  # N, C, h, p, w, q
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        x = self.run(self.embed(x) + self.positions, noise_N, labels_N)
-        x = x.view(len(z), side, side, self.config.channels, patch, patch)
-        return x.permute(0, 3, 1, 4, 2, 5).reshape(z.shape)
+    def cut(self, images: Tensor) -> Tensor:
+        """Images as (N, T, values of a patch)."""
+        high, wide = self.config.patch_height, self.config.patch
+        x = images.unflatten(3, (-1, wide)).unflatten(2, (-1, high))  # N, C, h, p, w, q
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
         super().reset(generator)
-        D, side = self.config.width, self.config.size // self.config.patch
-        rows, columns = (torch.arange(side * side) // side, torch.arange(side * side) % side)
-        half = D // 2
-        places = torch.cat((waves_of(rows, half), waves_of(columns, D - half)), dim=1)
-        self.positions.copy_(places)
+        D, wide = self.config.width, self.config.size // self.config.patch
+        places = torch.arange(self.config.positions)
+        rows, columns = places // wide, places % wide
+        half = 0 if self.config.tall == 1 else D // 2
+        waves = torch.cat((waves_of(rows, half), waves_of(columns, D - half)), dim=1)
+        self.positions.copy_(waves)
+
+
+class ImageBlock(PatchBlock):
+    """A denoiser of images."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        values = config.channels * config.patch_height * config.patch
+        super().__init__(config, values, values)
+
+    def forward(self, z: Tensor, noise_N: Tensor, labels_N: Tensor | None = None) -> Tensor:
+        """z (N, channels, height, size), noise (N,), labels (N,) int64 or None -> z's shape.
+
+        A label equal to `classes` stands for no class.
+        """
+        c = self.config
+        x = self.run(self.embed(self.cut(z)) + self.positions, noise_N, labels_N)
+        x = x.view(len(z), -1, c.size // c.patch, c.channels, c.patch_height, c.patch)
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(z.shape)
+
+
+class AnswerBlock(PatchBlock):
+    """A denoiser of an image's class, which reads the image."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config, config.row, config.answers)
+        values = config.channels * config.patch_height * config.patch
+        self.patches = nn.Linear(values, config.width)
+
+    def forward(self, z_NW: Tensor, noise_N: Tensor, images: Tensor) -> Tensor:
+        """A noised row of the table (N, W), noise (N,), images (N, channels, height, size) ->
+        logits (N, answers)."""
+        seen = self.patches(self.cut(images)) + self.positions
+        return self.run(torch.cat((self.embed(z_NW)[:, None], seen), dim=1), noise_N, None)[:, 0]
 
 
 class TokenBlock(Block):
@@ -148,7 +176,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        kind = ImageBlock if config.size else TokenBlock
+        kind = AnswerBlock if config.answers else ImageBlock if config.size else TokenBlock
         self.blocks = nn.ModuleList([kind(config) for _ in range(config.blocks)])
         self.register_buffer("table", None, persistent=True)
 
@@ -165,14 +193,13 @@ class DiT(nn.Module):
         """A DiT with fresh weights. The weights of a block depend on the seed and its number alone.
 
         only: make that block's (1..B); the others stay on the meta device and take no memory.
-        table: (V, W), for tokens.
+        table: (V, W), for tokens and answers.
         """
-        if config.vocabulary and (
-            table is None or tuple(table.shape) != (config.vocabulary, config.row)
-        ):
+        wanted = (config.table_rows, config.row)
+        if config.table_rows and (table is None or tuple(table.shape) != wanted):
             raise ConfigError(
                 f"a table of shape {None if table is None else tuple(table.shape)}",
-                expected=f"({config.vocabulary}, {config.row})",
+                expected=f"{wanted}",
             )
         with torch.device("meta"):
             model = cls(config)

@@ -22,17 +22,21 @@ class DiTConfig:
     """Width of the condition."""
     classes: int = 0
     """Classes that can be asked for; 0 = unconditional."""
+    answers: int = 0
+    """Classes that images have, where the class is what is denoised and the image is only read."""
     size: int = 0
     """Pixels of a side."""
+    height: int | None = None
+    """Pixels of the other side; None = as many. A signal has a height of 1."""
     channels: int = 1
     patch: int = 4
-    """Pixels of a patch's side."""
+    """Pixels of a patch's side; its height is at most that of the image."""
     vocabulary: int = 0
     """Tokens, the mask not counted."""
     length: int = 0
     """Tokens of a text."""
     table_width: int | None = None
-    """Width of the table's rows; None = the width, or the vocabulary where that is less."""
+    """Width of the table's rows; None = the width, or the number of rows where that is less."""
 
     def __post_init__(self) -> None:
         self._require(self.blocks >= 1, f"{self.blocks} blocks", "1 or more")
@@ -56,8 +60,14 @@ class DiTConfig:
         )
         if self.size:
             self._require(
-                self.size % self.patch == 0, f"images of size {self.size}",
+                self.size % self.patch == 0 and self.tall % self.patch_height == 0,
+                f"images of size {self.size}"
+                + ("" if self.height is None else f" and height {self.height}"),
                 f"a multiple of the patch, {self.patch}",
+            )
+            self._require(
+                not (self.answers and self.classes),
+                f"{self.answers} answers and {self.classes} classes to ask for", "one of the two",
             )  # fmt: skip
         else:
             self._require(self.length >= 1, f"texts of {self.length} tokens", "1 or more")
@@ -71,14 +81,31 @@ class DiTConfig:
             raise ConfigError(what, expected=expected)
 
     @property
+    def tall(self) -> int:
+        """Pixels of an image's height."""
+        return self.size if self.height is None else self.height
+
+    @property
+    def patch_height(self) -> int:
+        """Pixels of a patch's height."""
+        return max(1, min(self.patch, self.tall))
+
+    @property
     def positions(self) -> int:
         """T: patches of an image, or tokens of a text."""
-        return (self.size // self.patch) ** 2 if self.size else self.length
+        if not self.size:
+            return self.length
+        return (self.tall // self.patch_height) * (self.size // self.patch)
+
+    @property
+    def table_rows(self) -> int:
+        """V: rows of the table; 0 = there is none."""
+        return self.vocabulary or self.answers
 
     @property
     def row(self) -> int:
         """W: width of the table's rows."""
-        return self.table_width or min(self.width, self.vocabulary)
+        return self.table_width or min(self.width, self.table_rows)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""

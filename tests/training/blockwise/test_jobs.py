@@ -265,8 +265,8 @@ def written(folder, **tensors):
     ("change", "message"),
     [
         ({"images": None}, "a tensor `images`"),
-        ({"images": torch.zeros(4, 8, 8)}, "square images"),
-        ({"images": torch.zeros(4, 1, 8, 4)}, "square images"),
+        ({"images": torch.zeros(4, 8, 8)}, r"images \(N, C, H, W\)"),
+        ({"images": torch.zeros(1, 1, 8, 8)}, "2 or more images"),
         ({"images": torch.zeros(4, 1, 8, 8).double()}, "bytes or float32"),
         ({"images": torch.full((4, 1, 8, 8), 2.0)}, r"beyond \[-1, 1\]"),
         ({"labels": torch.zeros(3).long()}, "whole numbers from 0 on"),

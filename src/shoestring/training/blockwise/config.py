@@ -14,8 +14,6 @@ from ...errors import ConfigError
 from .. import toml
 from ..config import OptimConfig, ScheduleConfig, _at_least, _require, _share
 
-OBJECTIVES = ("edm", "flow", "masked")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockRunConfig:
@@ -102,21 +100,21 @@ class BlocksConfig:
 
     blocks: int = 3
     """How many blocks; a divisor of model.num_hidden_layers."""
-    objective: Literal["edm", "flow", "masked"] = "edm"
-    """edm or flow for images, masked for text."""
+    objective: Literal["edm", "flow", "masked", "labels"] = "edm"
+    """edm or flow for images, masked for text, labels to classify images."""
     spacing: Literal["equal", "uniform", "log"] = "equal"
     """Edges between the blocks' noise levels: equal shares of the training, or evenly in the level
     or its logarithm."""
     overlap: float = 0.05
     """How far a block's training reaches into its neighbours' levels, as a share of its own."""
     sigma_min: float = 0.002
-    """edm: lowest noise."""
+    """edm, labels: lowest noise."""
     sigma_max: float = 80.0
-    """edm: highest noise."""
+    """edm, labels: highest noise."""
     sigma_mean: float = -1.2
-    """edm: mean of ln sigma."""
+    """edm, labels: mean of ln sigma."""
     sigma_std: float = 1.2
-    """edm: deviation of ln sigma."""
+    """edm, labels: deviation of ln sigma."""
     data_std: float = 0.5
     """edm: deviation of the images' values."""
     time_std: float = 0.0
@@ -124,23 +122,25 @@ class BlocksConfig:
     alpha: Literal["linear", "cosine"] = "linear"
     """masked: how the share of unmasked tokens falls with time."""
     label_dropout: float = 0.1
-    """Share of the labels left out, which guidance needs."""
+    """edm, flow: share of the labels left out, which guidance needs."""
+    top_share: float = 0.0
+    """labels: share of block 1's draws that are at the highest noise, where an answer begins."""
     table: str = ""
-    """masked: a safetensors file with the frozen `table` (256, W) of unit rows; empty = one drawn
-    from run.seed."""
+    """masked, labels: a safetensors file with the frozen `table` (256 or classes, W) of unit rows;
+    empty = one drawn from run.seed."""
 
     def __post_init__(self) -> None:
         _at_least(1, "blockwise", self, "blocks")
-        _share("blockwise", self, "label_dropout")
+        _share("blockwise", self, "label_dropout", "top_share")
         _require(0 <= self.overlap < 1, "blockwise.overlap", self.overlap, "a share below 1")
         _require(self.data_std > 0, "blockwise.data_std", self.data_std, "more than 0")
         _at_least(0, "blockwise", self, "time_std")
-        if self.spacing == "log" and self.objective != "edm":
+        if self.spacing == "log" and self.objective not in ("edm", "labels"):
             raise ConfigError(
                 f"blockwise.spacing = 'log' with objective {self.objective!r}",
                 expected="equal or uniform: its levels begin at 0",
             )
-        if self.table and self.objective != "masked":
+        if self.table and self.objective not in ("masked", "labels"):
             raise ConfigError(
                 f"blockwise.table is set with objective {self.objective!r}",
                 expected="no table: images are their own targets",

@@ -23,12 +23,14 @@ from ...errors import CheckpointError, ConfigError
 from ...models.dit import DiT
 from ...models.dit_config import DiTConfig
 from ...objectives.denoise import Denoise
+from ...objectives.label_denoising import LabelDenoising
 from ...objectives.masked_diffusion import MaskedDiffusion
 from ...ops.noise_levels import Partition
 from ..snapshot import MODEL, STATE
 from .job import TABLE, differences, newest
 from .task import FORMAT, table_digest
 
+Objective = Denoise | MaskedDiffusion | LabelDenoising
 FACTS, WEIGHTS = "model.json", "model.safetensors"
 
 
@@ -244,7 +246,7 @@ class Merged:
     """A merged model in evaluation mode, with what it was trained for."""
 
     model: DiT
-    objective: Denoise | MaskedDiffusion
+    objective: Objective
     facts: Mapping[str, Any]
 
     @property
@@ -286,12 +288,14 @@ def load_merged(path: str | Path, *, device: torch.device | str = "cpu") -> Merg
     return Merged(model.to(device).eval().requires_grad_(False), objective, facts)
 
 
-def objective_of(facts: Mapping[str, Any], shape: DiTConfig) -> Denoise | MaskedDiffusion:
+def objective_of(facts: Mapping[str, Any], shape: DiTConfig) -> Objective:
     """The objective that a run's identity names."""
     parts = Partition.from_json(facts["partition"])
     settings = facts["objective"]
     if settings["kind"] == "masked":
         return MaskedDiffusion(partition=parts)
+    if settings["kind"] == "labels":
+        return LabelDenoising(partition=parts)
     std = float(settings["data_std"])
     if not math.isfinite(std):
         raise ValueError(f"data_std {std}")

@@ -36,7 +36,7 @@ class Pictures:
 
 def read_pictures(path: str | Path, held_out: float) -> tuple[Pictures, Pictures]:
     """(train, held out): a share drawn once, the same on every machine. DataError for a file that
-    does not hold square images."""
+    does not hold images."""
     path = Path(path)
     if not path.is_file():
         raise DataError(
@@ -71,11 +71,11 @@ def _tensors(path: Path) -> tuple[Tensor, Tensor | None]:
             labels = file.get_tensor("labels") if "labels" in names else None
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} cannot be read: {error}", expected="a safetensors file") from error
-    square = images.dim() == 4 and images.shape[2] == images.shape[3] and len(images) >= 2
-    if not square or images.dtype not in (torch.uint8, torch.float32):
+    is_fine = images.dim() == 4 and images.numel() and len(images) >= 2
+    if not is_fine or images.dtype not in (torch.uint8, torch.float32):
         raise DataError(
             f"the images of {path} are {tuple(images.shape)} of {images.dtype}",
-            expected="2 or more square images (N, C, H, H), as bytes or float32 in [-1, 1]",
+            expected="2 or more images (N, C, H, W), as bytes or float32 in [-1, 1]",
         )
     if images.dtype == torch.float32 and not float(images.abs().max()) <= 1.0:
         raise DataError(f"{path} has values beyond [-1, 1]", expected="float images in [-1, 1]")

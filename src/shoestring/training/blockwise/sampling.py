@@ -3,7 +3,9 @@
 Images come by Euler steps from the highest level down a grid even in mass, one block a step;
 the last call's D is the image. With guidance g, D = D_none + g (D_class - D_none). Text comes by
 unmasking: between two levels of masses m > m' every masked token is drawn with probability
-(m - m') / m, from the block's own prediction, and then stays.
+(m - m') / m, from the block's own prediction, and then stays. A class is answered by the chain of
+D = softmax(logits) @ table from noise alone. One chain *draws* a class, which is right less often
+than the likeliest class is; the mean over several chains comes back to that.
 
 Source: EDM, arXiv 2206.00364; classifier-free guidance, 2207.12598; MD4, 2406.04329, sec. 3.
 """
@@ -16,7 +18,9 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...models.dit import DiT
+from ...objectives import label_denoising
 from ...objectives.denoise import Denoise, Draw
+from ...objectives.label_denoising import LabelDenoising
 from ...objectives.masked_diffusion import MaskedDiffusion, bits_per_token
 from ...ops.preconditioning import euler_step
 from .merging import Merged
@@ -69,7 +73,7 @@ def sample_images(
         merged.partition.blocks + 1 if steps is None else steps, first=first
     )
     noise = torch.randn(
-        count, shape.channels, shape.size, shape.size, generator=torch.Generator().manual_seed(seed)
+        count, shape.channels, shape.tall, shape.size, generator=torch.Generator().manual_seed(seed)
     )
     z = noise.to(_device(merged.model))
     z = objective.start(z) if first is None else _started(objective, z, first)
@@ -111,6 +115,47 @@ def sample_text(
         tokens = torch.where(shown, drawn.view(shape).to(tokens.device), tokens)
         masked = masked & ~shown
     return tokens
+
+
+@torch.no_grad()
+def classify(
+    merged: Merged,
+    images: Tensor,
+    *,
+    draws: int = 8,
+    steps: int | None = None,
+    first: float | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Probabilities of the classes of images, (N, V) float32: the mean over `draws` chains.
+
+    steps: calls of a block in a chain; by default one more than there are blocks, 1 = block 1's
+    answer at the first level.  first: the level to start at, the highest if not given.
+    """
+    objective, table = _answers(merged), merged.model.table
+    assert table is not None
+    if draws < 1:
+        raise ConfigError(f"{draws} draws", expected="1 or more")
+    generator = torch.Generator().manual_seed(seed)
+    start = merged.partition.law.high if first is None else first
+    grid = [start]
+    if steps != 1:
+        grid = merged.partition.grid(
+            merged.partition.blocks + 1 if steps is None else steps, first=start
+        )
+    total = torch.zeros(len(images), len(table), device=table.device)
+    for _ in range(draws):
+        z = torch.randn(len(images), table.shape[1], generator=generator).to(table.device)
+        z = z * (start**2 + 1 / table.shape[1]) ** 0.5
+        for level, following in itertools.zip_longest(grid, grid[1:]):
+            levels = torch.full((len(images),), level, dtype=torch.float64, device=table.device)
+            net = merged.model.block(_owner(merged, level))
+            logits = objective.logits(net, z, levels, images)
+            if following is not None:
+                to = torch.full_like(levels, following)
+                z = euler_step(z, label_denoising.denoised(logits, table), levels, to)
+        total += logits.softmax(dim=1)
+    return total / draws
 
 
 @torch.no_grad()
@@ -156,21 +201,32 @@ def _owner(merged: Merged, level: float) -> int:
 
 def _images(merged: Merged) -> Denoise:
     if not isinstance(merged.objective, Denoise):
-        raise ConfigError(
-            "a text model was asked for images", expected="a model of edm or flow",
-            hint="sample_text draws texts, bits_per_character scores them.",
-        )  # fmt: skip
+        raise _other(merged, "images", "a model of edm or flow")
     return merged.objective
 
 
 def _masked(merged: Merged) -> MaskedDiffusion:
     if not isinstance(merged.objective, MaskedDiffusion):
-        raise ConfigError(
-            f"a model of {merged.objective.kind} was asked for a text or its likelihood",
-            expected="a model of masked diffusion",
-            hint="sample_images draws images, losses_at scores them at fixed noise levels.",
-        )
+        raise _other(merged, "a text or its likelihood", "a model of masked diffusion")
     return merged.objective
+
+
+def _answers(merged: Merged) -> LabelDenoising:
+    if not isinstance(merged.objective, LabelDenoising):
+        raise _other(merged, "classes", "a model of labels")
+    return merged.objective
+
+
+def _other(merged: Merged, asked: str, expected: str) -> ConfigError:
+    """What a model is asked for that it has not, and what it has."""
+    kind, hint = merged.facts["objective"]["kind"], {
+        "masked": "sample_text draws texts, bits_per_character scores them.",
+        "labels": "classify answers with the classes of images.",
+    }  # fmt: skip
+    images = "sample_images draws images, losses_at scores them at fixed noise levels."
+    return ConfigError(
+        f"a model of {kind} was asked for {asked}", expected=expected, hint=hint.get(kind, images)
+    )
 
 
 def _started(objective: Denoise, noise: Tensor, first: float) -> Tensor:

@@ -5,6 +5,7 @@ the block and the step. So a block's training does not depend on what else its p
 random has to be saved to go on with it, and blocks trained in turn are those trained apart.
 """
 
+import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
@@ -13,19 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...errors import ConfigError, DataError
 from ...models.dit import Block, DiT, unit_table
 from ...models.dit_config import DiTConfig
 from ...objectives import denoise, masked_diffusion
 from ...objectives.denoise import Denoise
+from ...objectives.label_denoising import LabelDenoising, nearest_ref
 from ...objectives.masked_diffusion import MaskedDiffusion
 from ...ops.noise_levels import FlowTime, Law, LogNormal, MaskTime, Partition, partition
 from .config import BlocksConfig, BlockwiseConfig
 from .letters import VOCABULARY, read_letters
-from .pictures import read_pictures
+from .pictures import Pictures, read_pictures
 
 FORMAT = 1
 HELD_OUT = 512
@@ -88,16 +91,10 @@ class Images(Task):
 
     def __init__(self, config: BlockwiseConfig) -> None:
         super().__init__(config)
-        data, settings, model = config.data, config.blockwise, config.model
+        data, settings = config.data, config.blockwise
         self.train, self.held_out = read_pictures(data.source, data.held_out)
         self.data_digest = self.train.digest
-        _, channels, size, _ = self.train.images.shape
-        self.shape = DiTConfig(
-            blocks=settings.blocks, layers=model.num_hidden_layers, width=model.hidden_size,
-            heads=model.num_attention_heads, hidden=model.intermediate_size,
-            condition=model.condition_size, classes=self.train.classes, size=size,
-            channels=channels, patch=model.patch_size,
-        )  # fmt: skip
+        self.shape = DiTConfig(classes=self.train.classes, **image_shape(config, self.train))
         self.parts = parts_of(settings)
         self.objective = Denoise(
             kind="flow" if settings.objective == "flow" else "edm",
@@ -144,6 +141,79 @@ class Images(Task):
         rows = torch.arange(min(HELD_OUT, len(self.held_out)))
         for number, part in enumerate(rows.split(self.config.data.batch_size)):
             yield part, generator_of(0, 0, number, 0)
+
+
+class Answers(Task):
+    """Classifying images: their labels' rows are denoised, the images only read."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, config: BlockwiseConfig) -> None:
+        super().__init__(config)
+        data, settings = config.data, config.blockwise
+        self.train, self.held_out = read_pictures(data.source, data.held_out)
+        self.data_digest = self.train.digest
+        classes = self.train.classes
+        if classes < 2:
+            raise DataError(
+                f"{data.source} has {classes} classes", expected="`labels` of 2 classes or more"
+            )
+        self.parts = parts_of(settings)
+        self.objective = LabelDenoising(partition=self.parts, top_share=settings.top_share)
+        self.table = (
+            read_table(Path(settings.table), classes)
+            if settings.table
+            else unit_table(classes, min(classes, config.model.hidden_size), seed=config.run.seed)
+        )
+        self.shape = DiTConfig(
+            answers=classes, table_width=self.table.shape[1], **image_shape(config, self.train)
+        )
+
+    def objective_facts(self) -> dict[str, Any]:
+        """Kind only: what a row's deviation is follows from the table."""
+        return {"kind": "labels"}
+
+    def loss(self, net: Block, block: int, generator: torch.Generator) -> Tensor:
+        """See `LabelDenoising`."""
+        assert self.table is not None
+        count = self.config.data.batch_size
+        rows = torch.randint(len(self.train), (count,), generator=generator)
+        images, labels = self.train.batch(rows, self.device)
+        assert labels is not None
+        draw = self.objective.draw(block, count, self.table.shape[1], generator)
+        return self.objective.losses(net, images, labels, draw, self.table).mean()
+
+    @torch.no_grad()
+    def evaluate(self, net: Block, block: int) -> dict[str, float]:
+        """Accuracy over the block's own levels, with the images, with those of others, and of one
+        who sees none; of block 1 also at the highest level, where z says nothing."""
+        assert self.table is not None
+        sums: dict[str, float] = {}
+        rows = torch.arange(min(HELD_OUT, len(self.held_out)))
+        images, labels = self.held_out.batch(rows, self.device)
+        assert labels is not None
+        plain = dataclasses.replace(self.objective, top_share=0.0)
+        draw = plain.draw(block, len(rows), self.table.shape[1], generator_of(0, 0, block, 0))
+        z = plain.noised(labels, draw, self.table)
+
+        def right(answered: Tensor) -> float:
+            return float((answered.argmax(dim=1) == labels).double().mean())
+
+        logits = plain.logits(net, z, draw.level, images)
+        sums["loss"] = float(F.cross_entropy(logits, labels))
+        sums["accuracy"] = right(logits)
+        other = images.roll(1, dims=0)
+        sums["accuracy with other images"] = right(plain.logits(net, z, draw.level, other))
+        sums["accuracy without images"] = right(nearest_ref(z.cpu(), draw.level, self.table.cpu())
+                                                .to(labels.device))  # fmt: skip
+        if block == 1:
+            top = torch.full_like(draw.level, self.parts.law.high)
+            at = dataclasses.replace(draw, level=top)
+            z = plain.noised(labels, at, self.table)
+            logits = plain.logits(net, z, top, images)
+            sums["loss at the top"] = float(F.cross_entropy(logits, labels))
+            sums["accuracy at the top"] = right(logits)
+        return sums
 
 
 class Texts(Task):
@@ -198,14 +268,28 @@ class Texts(Task):
 
 def task_of(config: BlockwiseConfig) -> Task:
     """The data read and checked. DataError, ConfigError."""
-    return Texts(config) if config.blockwise.objective == "masked" else Images(config)
+    kinds: dict[str, type[Task]] = {"masked": Texts, "labels": Answers}
+    return kinds.get(config.blockwise.objective, Images)(config)
+
+
+def image_shape(config: BlockwiseConfig, data: Pictures) -> dict[str, Any]:
+    """What a network of images has from the settings and from the data."""
+    model = config.model
+    _, channels, height, size = data.images.shape
+    return {
+        "blocks": config.blockwise.blocks, "layers": model.num_hidden_layers,
+        "width": model.hidden_size, "heads": model.num_attention_heads,
+        "hidden": model.intermediate_size, "condition": model.condition_size, "size": size,
+        "height": None if height == size else height, "channels": channels,
+        "patch": model.patch_size,
+    }  # fmt: skip
 
 
 def parts_of(settings: BlocksConfig) -> Partition:
     """Who owns which noise, from the settings."""
     laws: dict[str, Law] = {}
-    if settings.objective == "edm":
-        laws["edm"] = LogNormal(
+    if settings.objective in ("edm", "labels"):
+        laws["edm"] = laws["labels"] = LogNormal(
             mean=settings.sigma_mean, std=settings.sigma_std,
             low=settings.sigma_min, high=settings.sigma_max,
         )  # fmt: skip
