@@ -2,9 +2,9 @@
 
 The target of class c is row c of a frozen table (V, W) with rows of length 1, noised as in EDM:
 z = y + sigma eps, fed as c_in z with the deviation of a row's components, 1 / sqrt(W), as
-sigma_data. The block gives logits; the loss is their cross-entropy, without a weight: EDM's is of squared
-errors, and up to 250,000 on a loss that is not. D, which the chain needs, is softmax(logits) @
-table, the mean of the row given what the block knows.
+sigma_data. The block gives logits; the loss is their cross-entropy, without a weight: EDM's is of
+squared errors, and up to 250,000 on a loss that is not. D, which the chain needs, is
+softmax(logits) @ table, the mean of the row given what the block knows.
 
 Below a sigma of about 1 / sqrt(2 ln V) the nearest row to z is the class whatever the image shows,
 so a mean loss over levels says little: what counts is the loss at the highest, where z carries
