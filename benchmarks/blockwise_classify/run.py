@@ -125,7 +125,7 @@ def in_blocks(config: BlockwiseConfig) -> dict[str, Any]:
 
 def table_of(result: dict[str, Any]) -> str:
     names = ("first answer", "one chain", "score", "one chain of 20")
-    lines = ["| trained | block 1's answer | one chain | mean of 8 chains | one chain of 20 steps |",
+    lines = ["| trained | block 1's answer | one chain | mean of 8 chains | one of 20 steps |",
              "|---|---|---|---|---|"]  # fmt: skip
     for arm, rows in result["arms"].items():
         columns = ([row[name] for row in rows if name in row] for name in names)

@@ -98,6 +98,9 @@ def test_errors_of_a_job_are_its_own_kind(ray, images, folder):
         train_on_ray(changed(config, blockwise={"overlap": 0.1}))
     replaced = train_on_ray(changed(config, blockwise={"overlap": 0.1}, run={"replace": True}))
     assert [each.updates for each in replaced] == [6, 6]
+    (folder / "taken").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"block \d: Cannot write"):
+        train_on_ray(elsewhere(images, folder / "taken"))
     with pytest.raises(DataError, match="there is no file"):
         train_on_ray(changed(config, data={"source": "nowhere"}))
 

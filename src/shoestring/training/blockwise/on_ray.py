@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ... import errors
-from ...checkpoint.directory import make_directory
+from ...checkpoint.directory import make_directory, unwritable
 from ...errors import CheckpointError, ConfigError, ShoestringError
 from .. import toml
 from ..distributed import pick_device
@@ -111,6 +111,9 @@ def _collect(
         block = waiting.pop(ready[0])
         try:
             answer = json.loads(ray.get(ready[0]))
+        except ray.exceptions.RayTaskError as error:  # of no kind that we raise on purpose
+            wrong.append(ShoestringError(f"the job of block {block} failed: {error}"))
+            continue
         except ray.exceptions.RayError as error:
             wrong.append(
                 CheckpointError(
@@ -145,10 +148,13 @@ def _job(text: str, block: int, threads: int) -> str:
 
 def _note_attempt(config: BlockwiseConfig, block: int) -> None:
     folder = folder_of(Path(config.run.directory), block)
-    make_directory(folder)
     line = {"host": socket.gethostname(), "process": os.getpid(), "time": time.time()}
-    with (folder / ATTEMPTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    try:
+        make_directory(folder)
+        with (folder / ATTEMPTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def _seen_here(config: BlockwiseConfig, block: int, answer: Mapping[str, Any]) -> Trained:
