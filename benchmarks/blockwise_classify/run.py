@@ -6,9 +6,7 @@ in 3 blocks of 2 layers with the rows of a frozen orthonormal table as targets: 
 noise levels (0.002 to 80), and with levels at which the class is not free (0.3 to 10, log-mean 0.7,
 deviation 1), 30 % of block 1's draws at the highest. Each makes 20 passes over the data, blocks 20
 each. Held-out accuracy of block 1's first answer (mean of 8 draws), of one chain, and of the mean
-over 8 chains; and, at each block's own levels with z made from the right class, with the image,
-with other images, and without any. One learning rate, three seeds. Writes results/classify.json and
-results/classify.md.
+over 8 chains. One learning rate, three seeds. Writes results/classify.json and results/classify.md.
 """
 
 import argparse
@@ -106,7 +104,7 @@ def end_to_end(config: BlockwiseConfig) -> float:
 
 
 def in_blocks(config: BlockwiseConfig) -> dict[str, Any]:
-    done = train_every_block(config)
+    train_every_block(config)
     merged = load_merged(merge([config.run.directory]))
     held_out = Answers(config).held_out
     images, labels = held_out.batch(torch.arange(len(held_out)))
@@ -119,7 +117,6 @@ def in_blocks(config: BlockwiseConfig) -> dict[str, Any]:
         "one chain": right(draws=1),
         "score": right(draws=8),
         "one chain of 20": right(draws=1, steps=20),
-        "by block": [each.receipt["held_out"] for each in done],
     }
 
 
@@ -131,14 +128,6 @@ def table_of(result: dict[str, Any]) -> str:
         columns = ([row[name] for row in rows if name in row] for name in names)
         cells = [spread(values) if values else "" for values in columns]
         lines.append(f"| {' | '.join([arm, *cells])} |")
-    lines += ["", "| at its own levels | block | with the image | with other images | without |",
-              "|---|---|---|---|---|"]  # fmt: skip
-    for arm, rows in result["arms"].items():
-        for block in range(ARMS[arm][1]):
-            found = [row["by block"][block] for row in rows]
-            kinds = ("accuracy", "accuracy with other images", "accuracy without images")
-            means = [f"{statistics.mean(each[k] for each in found):.3f}" for k in kinds]
-            lines.append(f"| {arm} | {block + 1} | {' | '.join(means)} |")
     config, hardware = result["config"], result["hardware"]
     lines += ["", f"{config['steps']:,} updates of {config['batch']}, learning rate "
               f"{config['lr']:g}; {config['seeds']} seeds, mean and deviation; "

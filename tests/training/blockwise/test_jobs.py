@@ -313,3 +313,19 @@ def test_a_table_of_ones_own_is_used(text, folder):
     done = train_block(config, 1)
     assert done.receipt["identity"]["table"] == task.table_digest(table)
     assert done.receipt["identity"]["model"]["table_width"] == 8
+
+
+def test_images_held_out_are_mixed_where_a_file_has_one_class_after_the_other(folder):
+    from safetensors.torch import save_file
+
+    from shoestring.training.blockwise.pictures import read_pictures
+
+    save_file(
+        {"images": torch.zeros(900, 1, 8, 8), "labels": torch.arange(900) // 300},
+        folder / "sorted.safetensors",
+    )
+    train, held_out = read_pictures(folder / "sorted.safetensors", 0.1)
+    assert (len(train), len(held_out)) == (810, 90)
+    _, labels = held_out.batch(torch.arange(20))
+    assert len(labels.unique()) == 3
+    assert float((labels == labels.roll(1)).double().mean()) < 0.7
