@@ -40,7 +40,7 @@ from shoestring.training.receipt import environment
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS, WIDTH, HEADS = 6, 96, 4
-STEPS = {"text": 1200, "images": 500}
+STEPS = {"text": 1200, "images": 300}
 SEEDS, BATCH, TOKENS = 3, 16, 64
 RATES = (1e-3, 2e-3, 4e-3)
 ENDS = "end to end"
@@ -216,7 +216,8 @@ def table(kind: str, result: dict[str, Any]) -> str:
         "",
         f"Width {config['width']}, batches of {config['batch']}, {config['tokens']} "
         f"{'bytes' if kind == 'text' else 'patches'} each; {min(map(len, arms.values()))} seeds, "
-        f"mean and deviation; learning rate {config['lr']:g} (end to end, a quarter of the steps, {tried}). "
+        f"mean and deviation; learning rate {config['lr']:g} (end to end, a quarter of the steps: "
+        f"{tried}). "
         f"{hardware['device']}, {hardware['threads']} thread; torch {result['versions']['torch']}.",
     ]
     return "\n".join(lines) + "\n"

@@ -70,7 +70,7 @@ class Block(nn.Module):
                 module.bias.zero_()
             elif isinstance(module, nn.Embedding):
                 draw = torch.randn(module.weight.shape, generator=generator)
-                module.weight.copy_(0.02 * draw)
+                module.weight.copy_(0.5 * draw)
         for module in self.modules():
             if isinstance(module, Layer | Block):
                 module.modulation.weight.zero_()
