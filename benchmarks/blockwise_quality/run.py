@@ -196,13 +196,13 @@ def table(kind: str, result: dict[str, Any]) -> str:
         if kind == "text"
         else ["loss over the law", "x end to end", *(f"at {s:g}" for s in SIGMAS)]
     )  # fmt: skip
-    heads = ["trained", "updates of a block", "parameters in training", *more]
+    heads = ["trained", "seeds", "updates of a block", "parameters in training", *more]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, rows in arms.items():
         scores = [row["score"] for row in rows]
         ratios = [one / other for one, other in zip(scores, base, strict=False)]
-        cells = [name, f"{rows[0]['updates_of_a_block']:,}", f"{rows[0]['parameters_of_a_job']:,}",
-                 spread(scores, 4), f"{statistics.mean(ratios):.3f}"]  # fmt: skip
+        cells = [name, str(len(rows)), f"{rows[0]['updates_of_a_block']:,}",
+                 f"{rows[0]['parameters_of_a_job']:,}", spread(scores, 4), f"{statistics.mean(ratios):.3f}"]  # fmt: skip
         if kind == "text":
             parts = zip(*(row["parts"] for row in rows), strict=True)
             cells.append(" + ".join(f"{statistics.mean(part):.3f}" for part in parts))
@@ -215,9 +215,9 @@ def table(kind: str, result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Width {config['width']}, batches of {config['batch']}, {config['tokens']} "
-        f"{'bytes' if kind == 'text' else 'patches'} each; {min(map(len, arms.values()))} seeds, "
-        f"mean and deviation; learning rate {config['lr']:g} (end to end, a quarter of the steps: "
-        f"{tried}). "
+        f"{'bytes' if kind == 'text' else 'patches'} each; mean "
+        f"and deviation over seeds; learning rate {config['lr']:g} (end to end, a quarter of the "
+        f"steps: {tried}). "
         f"{hardware['device']}, {hardware['threads']} thread; torch {result['versions']['torch']}.",
     ]
     return "\n".join(lines) + "\n"
