@@ -202,7 +202,8 @@ def table(kind: str, result: dict[str, Any]) -> str:
         scores = [row["score"] for row in rows]
         ratios = [one / other for one, other in zip(scores, base, strict=False)]
         cells = [name, str(len(rows)), f"{rows[0]['updates_of_a_block']:,}",
-                 f"{rows[0]['parameters_of_a_job']:,}", spread(scores, 4), f"{statistics.mean(ratios):.3f}"]  # fmt: skip
+                 f"{rows[0]['parameters_of_a_job']:,}", spread(scores, 4),
+                 f"{statistics.mean(ratios):.3f}"]  # fmt: skip
         if kind == "text":
             parts = zip(*(row["parts"] for row in rows), strict=True)
             cells.append(" + ".join(f"{statistics.mean(part):.3f}" for part in parts))
