@@ -169,6 +169,57 @@ def test_an_attached_model_is_itself_without_the_cache(model):
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_what_was_there_before_comes_back_after_two_caches(model):
+    CompressedCache(model)
+    CompressedCache(model)
+    assert model.config._attn_implementation == NAME
+    CompressedCache(model.config).attach(model).detach()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_prefix_of_inference_mode_is_continued_outside(model):
+    prompt, cache = ids(1, 60), CompressedCache(model, **SHORT)
+    with torch.inference_mode():
+        model(prompt[:, :40], past_key_values=cache)
+    with torch.no_grad():
+        found = model(prompt[:, 40:], past_key_values=cache).logits
+        other = CompressedCache(model, **SHORT)
+        model(prompt[:, :40], past_key_values=other)
+        assert torch.equal(found, model(prompt[:, 40:], past_key_values=other).logits)
+
+
+def test_padding_stays_hidden_when_the_mask_is_given_once(grouped):
+    prompt = ids(2, 30)
+    mask = torch.ones_like(prompt)
+    mask[1, :12] = 0
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    for settings in ({"window": 100}, SHORT):
+        said = []
+        for given in (None, torch.cat([mask, torch.ones(2, 1).long()], dim=1)):
+            cache = CompressedCache(grouped, **settings)
+            with torch.no_grad():
+                grouped(prompt, attention_mask=mask, position_ids=places, past_key_values=cache)
+                said.append(
+                    grouped(
+                        prompt[:, :1], attention_mask=given, position_ids=places[:, -1:] + 1,
+                        past_key_values=cache,
+                    ).logits
+                )  # fmt: skip
+        assert (said[0] - said[1]).abs().max() < 1e-4
+
+
+def test_a_mask_of_another_length_is_refused(grouped):
+    cache = CompressedCache(grouped, **SHORT)
+    read(grouped, ids(1, 40), cache)
+    with torch.no_grad(), pytest.raises(ConfigError, match="mask"):
+        grouped(
+            ids(1, 1), past_key_values=cache,
+            attention_mask=torch.ones(1, 1, 1, 50, dtype=torch.bool),
+        )  # fmt: skip
+    with pytest.raises(StackError, match="reset"):
+        read(grouped, ids(1, 1), cache)
+
+
 def test_a_model_that_was_not_attached_is_noticed(model):
     cache = CompressedCache(model.config)
     with pytest.raises(StackError, match="attach"):
@@ -206,6 +257,9 @@ def test_linear_layers_beside_ours_keep_their_own_state():
     plain = read(model, prompt, DynamicCache(config=config))
     assert distance(read(model, prompt, cache), plain) < 0.01
     assert len(cache.compressed) == 1
+    with pytest.raises(ConfigError, match="a state that holds them all"):
+        cache.crop(-3)
+    assert cache.compressed[0].get_seq_length() == 40
     ours = sum(x.untyped_storage().nbytes() for x in cache.compressed[0].tensors())
     states = [*cache.layers[0].conv_states.values(), *cache.layers[0].recurrent_states.values()]
     assert cache.nbytes == ours + sum(x.untyped_storage().nbytes() for x in states)
@@ -221,6 +275,10 @@ TINY = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
         (LlamaConfig(**TINY), {"value_bits": 9}, "9 bits"),
         (LlamaConfig(**TINY), {"window": -1}, "window"),
         (LlamaConfig(**TINY), {"sinks": 1.5}, "sinks"),
+        (LlamaConfig(**TINY), {"seed": "x"}, "seed"),
+        (LlamaConfig(**TINY), {"centre": "no"}, "centre"),
+        (LlamaConfig(**TINY), {"key_bits": True}, "True bits"),
+        (LlamaConfig(**TINY), {"budget": "6bits", "calibration": "there"}, "Calibration"),
         (LlamaConfig(**TINY), {"window": 8}, "centre=False"),
         (LlamaConfig(**TINY, head_dim=2), {}, "width 2"),
         (Gemma2Config(**TINY), {}, "soft cap"),
