@@ -63,6 +63,9 @@ class DenoiserConfig:
     """Width of the vector that noise level and class become."""
     patch_size: int = 4
     """Pixels of a patch's side."""
+    diffusers: str = ""
+    """Images: the config.json (or its folder) of a transformer of diffusers to train in blocks; it
+    decides the shape, and the settings above do not count. Empty = a plain DiT."""
 
     def __post_init__(self) -> None:
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
@@ -160,7 +163,12 @@ class BlockwiseConfig:
 
     def __post_init__(self) -> None:
         layers, blocks = self.model.num_hidden_layers, self.blockwise.blocks
-        if layers % blocks:
+        objective = self.blockwise.objective
+        if self.model.diffusers and objective not in ("edm", "flow"):
+            raise ConfigError(
+                f"model.diffusers with objective {objective!r}", expected="edm or flow: images"
+            )
+        if layers % blocks and not self.model.diffusers:
             near = nearest_divisors(layers, blocks)
             raise ConfigError(
                 f"blockwise.blocks = {blocks} does not divide model.num_hidden_layers = {layers}",

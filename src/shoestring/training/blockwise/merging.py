@@ -22,6 +22,8 @@ from ...checkpoint.tensors import InParts, read_tensors, write_tensors
 from ...errors import CheckpointError, ConfigError
 from ...models.dit import DiT
 from ...models.dit_config import DiTConfig
+from ...models.wrapped import Wrapped
+from ...models.wrapped_config import WrappedConfig
 from ...objectives.denoise import Denoise
 from ...objectives.label_denoising import LabelDenoising
 from ...objectives.masked_diffusion import MaskedDiffusion
@@ -85,7 +87,7 @@ def merge(directories: Sequence[str | Path], into: str | Path | None = None) -> 
     first = blocks[0]
     for each in blocks[1:]:
         _check_alike(first, each)
-    shape = _shape_of(first)
+    shape = shape_of(first.facts["identity"]["model"])
     _check_complete(blocks, shape.blocks)
     tensors = _tensors(blocks, shape)
     final = Path(into) if into is not None else paths[0] / "model"
@@ -192,14 +194,18 @@ def _check_complete(blocks: Sequence[Found], count: int) -> None:
         )
 
 
-def _shape_of(found: Found) -> DiTConfig:
-    return DiTConfig.from_json(found.facts["identity"]["model"])
+def shape_of(model: Mapping[str, Any]) -> DiTConfig | WrappedConfig:
+    """The shape that an identity has under "model"."""
+    kind = WrappedConfig if "architecture" in model else DiTConfig
+    return kind.from_json(model)
 
 
-def _tensors(blocks: Sequence[Found], shape: DiTConfig) -> dict[str, Tensor | InParts]:
+def _tensors(
+    blocks: Sequence[Found], shape: DiTConfig | WrappedConfig
+) -> dict[str, Tensor | InParts]:
     """The whole state, each tensor where it lies; checked against the network's own names."""
     with torch.device("meta"):
-        wanted = DiT(shape).state_dict()
+        wanted = (Wrapped(shape) if isinstance(shape, WrappedConfig) else DiT(shape)).state_dict()
     tensors: dict[str, Tensor | InParts] = {}
     for each in blocks:
         path = each.saved.path / MODEL
@@ -245,7 +251,7 @@ def bound_of(facts: Mapping[str, Any]) -> float | None:
 class Merged:
     """A merged model in evaluation mode, with what it was trained for."""
 
-    model: DiT
+    model: DiT | Wrapped
     objective: Objective
     facts: Mapping[str, Any]
 
@@ -271,12 +277,11 @@ def load_merged(path: str | Path, *, device: torch.device | str = "cpu") -> Merg
         raise CheckpointError(f"{place} has no manifest", expected="a merged model, whole")
     try:
         facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
-        shape = DiTConfig.from_json(facts["model"])
+        shape = shape_of(facts["model"])
         objective = objective_of(facts, shape)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{place / FACTS} cannot be read: {error}") from error
-    with torch.device("meta"):
-        model = DiT(shape)
+    model = _empty(shape)
     try:
         state = dict(read_tensors(place / WEIGHTS))
         model.table = state.pop("table", None)
@@ -288,7 +293,14 @@ def load_merged(path: str | Path, *, device: torch.device | str = "cpu") -> Merg
     return Merged(model.to(device).eval().requires_grad_(False), objective, facts)
 
 
-def objective_of(facts: Mapping[str, Any], shape: DiTConfig) -> Objective:
+def _empty(shape: DiTConfig | WrappedConfig) -> DiT | Wrapped:
+    if isinstance(shape, WrappedConfig):
+        return Wrapped.hollow(shape)
+    with torch.device("meta"):
+        return DiT(shape)
+
+
+def objective_of(facts: Mapping[str, Any], shape: DiTConfig | WrappedConfig) -> Objective:
     """The objective that a run's identity names."""
     parts = Partition.from_json(facts["partition"])
     settings = facts["objective"]

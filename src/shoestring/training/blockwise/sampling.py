@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...models.dit import DiT
+from ...models.dit_config import DiTConfig
+from ...models.wrapped import Wrapped
 from ...objectives import label_denoising
 from ...objectives.denoise import Denoise, Draw
 from ...objectives.label_denoising import LabelDenoising
@@ -95,6 +97,7 @@ def sample_text(
     """`count` texts (N, T), int64, of a model of masked diffusion, unmasked in `steps` steps."""
     objective, table = _masked(merged), merged.model.table
     assert table is not None
+    assert isinstance(merged.model.config, DiTConfig)
     if steps < 1 or not temperature > 0:
         raise ConfigError(
             f"{steps} steps at temperature {temperature}", expected="1 or more, and more than 0"
@@ -247,5 +250,5 @@ def _labels(labels: Sequence[int] | None, count: int, classes: int) -> Tensor | 
     return torch.tensor(labels, dtype=torch.int64)
 
 
-def _device(model: DiT) -> torch.device:
+def _device(model: DiT | Wrapped) -> torch.device:
     return next(model.parameters()).device

@@ -21,6 +21,8 @@ from torch import Tensor
 from ...errors import ConfigError, DataError
 from ...models.dit import Block, DiT, unit_table
 from ...models.dit_config import DiTConfig
+from ...models.wrapped import Wrapped, WrappedBlock
+from ...models.wrapped_config import WrappedConfig
 from ...objectives import denoise, masked_diffusion
 from ...objectives.denoise import Denoise
 from ...objectives.label_denoising import LabelDenoising, nearest_ref
@@ -30,6 +32,7 @@ from .config import BlocksConfig, BlockwiseConfig
 from .letters import VOCABULARY, read_letters
 from .pictures import Pictures, read_pictures
 
+Denoiser = Block | WrappedBlock
 FORMAT = 1
 HELD_OUT = 512
 """Samples of an evaluation, at most."""
@@ -41,7 +44,7 @@ class Task(ABC):
     shape: of the whole network.  parts: who owns which noise.  table: (V, W) or None.
     """
 
-    shape: DiTConfig
+    shape: DiTConfig | WrappedConfig
     parts: Partition
     table: Tensor | None = None
     data_digest: str
@@ -54,11 +57,11 @@ class Task(ABC):
         """The objective as plain data."""
 
     @abstractmethod
-    def loss(self, net: Block, block: int, generator: torch.Generator) -> Tensor:
+    def loss(self, net: Denoiser, block: int, generator: torch.Generator) -> Tensor:
         """The loss of a microbatch that the generator draws, a scalar with its graph."""
 
     @abstractmethod
-    def evaluate(self, net: Block, block: int) -> dict[str, float]:
+    def evaluate(self, net: Denoiser, block: int) -> dict[str, float]:
         """Held-out numbers of one block."""
 
     def to(self, device: torch.device) -> "Task":
@@ -79,7 +82,14 @@ class Task(ABC):
             "data": self.data_digest,
         }
 
-    def step_loss(self, net: Block, block: int, step: int, part: int) -> Tensor:
+    def fresh(self, block: int, device: torch.device) -> DiT | Wrapped:
+        """A network in which that block has its first weights and no other has any."""
+        seed = self.config.run.seed
+        if isinstance(self.shape, WrappedConfig):
+            return Wrapped.make(self.shape, seed=seed, only=block, table=self.table, device=device)
+        return DiT.make(self.shape, seed=seed, only=block, table=self.table, device=device)
+
+    def step_loss(self, net: Denoiser, block: int, step: int, part: int) -> Tensor:
         """The loss of microbatch `part` of update `step`."""
         return self.loss(net, block, generator_of(self.config.run.seed, block, step, part))
 
@@ -94,8 +104,8 @@ class Images(Task):
         data, settings = config.data, config.blockwise
         self.train, self.held_out = read_pictures(data.source, data.held_out)
         self.data_digest = self.train.digest
-        self.shape = DiTConfig(classes=self.train.classes, **image_shape(config, self.train))
         self.parts = parts_of(settings)
+        self.shape = self._shape()
         self.objective = Denoise(
             kind="flow" if settings.objective == "flow" else "edm",
             partition=self.parts,
@@ -104,11 +114,14 @@ class Images(Task):
             classes=self.train.classes,
         )
 
+    def _shape(self) -> DiTConfig | WrappedConfig:
+        return DiTConfig(classes=self.train.classes, **image_shape(self.config, self.train))
+
     def objective_facts(self) -> dict[str, Any]:
         """Kind and what it depends on."""
         return {"kind": self.objective.kind, "data_std": self.objective.data_std}
 
-    def loss(self, net: Block, block: int, generator: torch.Generator) -> Tensor:
+    def loss(self, net: Denoiser, block: int, generator: torch.Generator) -> Tensor:
         """See `Denoise`."""
         count = self.config.data.batch_size
         rows = torch.randint(len(self.train), (count,), generator=generator)
@@ -117,7 +130,7 @@ class Images(Task):
         return self.objective.loss(net, images, draw)
 
     @torch.no_grad()
-    def evaluate(self, net: Block, block: int) -> dict[str, float]:
+    def evaluate(self, net: Denoiser, block: int) -> dict[str, float]:
         """Mean loss over the block's own levels, and at three fixed ones of them."""
         low, high = self.parts.range(block)
         ends = self.parts.law.mass(torch.tensor([low, high], dtype=torch.float64))
@@ -173,7 +186,7 @@ class Answers(Task):
         """Kind only: what a row's deviation is follows from the table."""
         return {"kind": "labels"}
 
-    def loss(self, net: Block, block: int, generator: torch.Generator) -> Tensor:
+    def loss(self, net: Denoiser, block: int, generator: torch.Generator) -> Tensor:
         """See `LabelDenoising`."""
         assert self.table is not None
         count = self.config.data.batch_size
@@ -184,7 +197,7 @@ class Answers(Task):
         return self.objective.losses(net, images, labels, draw, self.table).mean()
 
     @torch.no_grad()
-    def evaluate(self, net: Block, block: int) -> dict[str, float]:
+    def evaluate(self, net: Denoiser, block: int) -> dict[str, float]:
         """Accuracy over the block's own levels, with the images, with those of others, and of one
         who sees none; of block 1 also at the highest level, where z says nothing."""
         assert self.table is not None
@@ -244,7 +257,7 @@ class Texts(Task):
         """Kind only: the masking is in the partition."""
         return {"kind": "masked"}
 
-    def loss(self, net: Block, block: int, generator: torch.Generator) -> Tensor:
+    def loss(self, net: Denoiser, block: int, generator: torch.Generator) -> Tensor:
         """See `MaskedDiffusion`."""
         assert self.table is not None
         length = self.config.data.sequence_length
@@ -253,7 +266,7 @@ class Texts(Task):
         draw = self.objective.draw(block, tokens, generator)
         return self.objective.loss(net, tokens, draw, self.table)
 
-    def evaluate(self, net: Block, block: int) -> dict[str, float]:
+    def evaluate(self, net: Denoiser, block: int) -> dict[str, float]:
         """The block's part of the bound, in bits a byte. The parts of all blocks sum to it."""
         assert self.table is not None
         length, nats = self.config.data.sequence_length, []
@@ -268,6 +281,10 @@ class Texts(Task):
 
 def task_of(config: BlockwiseConfig) -> Task:
     """The data read and checked. DataError, ConfigError."""
+    if config.model.diffusers:
+        from .wrapped import WrappedImages
+
+        return WrappedImages(config)
     kinds: dict[str, type[Task]] = {"masked": Texts, "labels": Answers}
     return kinds.get(config.blockwise.objective, Images)(config)
 
@@ -339,7 +356,6 @@ def read_table(path: Path, rows: int) -> Tensor:
     return table
 
 
-def fresh(task: Task, block: int, device: torch.device) -> DiT:
+def fresh(task: Task, block: int, device: torch.device) -> DiT | Wrapped:
     """A network in which that block has its first weights and no other has any."""
-    seed = task.config.run.seed
-    return DiT.make(task.shape, seed=seed, only=block, table=task.table, device=device)
+    return task.fresh(block, device)
