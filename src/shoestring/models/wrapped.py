@@ -75,7 +75,8 @@ class WrappedBlock(nn.Module):
         out = run(**given, return_dict=False)[0]
         if c.call.packed:
             out = _unpacked(out, z)
-        if out.dim() != 4 or out.shape[1] < z.shape[1] or out.shape[2:] != z.shape[2:]:
+        fits = out.dim() == 4 and out.shape[1] >= z.shape[1]
+        if not fits or (len(out), out.shape[2:]) != (len(z), z.shape[2:]):
             raise ConfigError(
                 f"{c.architecture} gives {tuple(out.shape)} for images {tuple(z.shape)}",
                 expected="the images' shape, which its settings decide",
@@ -96,7 +97,7 @@ class WrappedBlock(nn.Module):
             assert table is not None
             parts = table[labels_N].split([_numel(shape) for shape in c.rows.values()], dim=1)
             for part, (name, shape) in zip(parts, c.rows.items(), strict=True):
-                given[name] = part.reshape(count, *shape)
+                given[name] = part.reshape(count, *shape).contiguous()  # as a caller's would be
         return given
 
     def _places(self, z: Tensor, given: Mapping[str, Any]) -> dict[str, Tensor]:
