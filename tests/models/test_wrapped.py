@@ -28,6 +28,7 @@ from .wrapping import wrapped as small
 
 diffusers = pytest.importorskip("diffusers", reason="pip install 'shoestring[diffusion]'")
 KINDS = ["dit", "sd3", "flux"]
+ALL = list(CONFIGS)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,9 +51,11 @@ def called(kind, model, z, time, labels):
     """The library's model called by hand."""
     if kind == "dit":
         return model(z, timestep=1000 * time, class_labels=labels).sample
-    told = {name: rows[labels] for name, rows in given().items()}
-    if kind == "sd3":
-        return model(z, timestep=1000 * time, **told).sample
+    told = {name: rows[labels] for name, rows in given(kind).items()}
+    if kind == "pixart":
+        told["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    if kind != "flux":
+        return model(z, timestep=(1 if kind == "aura" else 1000) * time, **told).sample[:, :4]
     n, c, h, w = z.shape
     x = z.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, 4 * c)
     ids = diffusers.FluxPipeline._prepare_latent_image_ids(n, h // 2, w // 2, "cpu", z.dtype)
@@ -71,7 +74,7 @@ def noise_at(kind, time):
 # ---- the library's own model -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_one_block_is_the_model_itself(kind):
     model = plain(kind).eval()
     block = small(kind, 1, model).block(1).eval()
@@ -87,7 +90,7 @@ def test_one_block_is_the_model_itself(kind):
     assert torch.equal(block(z, noise), block(z, noise, torch.full((3,), 3)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_fresh_weights_are_those_of_the_constructor(kind):
     made, wanted = small(kind, 1, seed=0).block(1).net, plain(kind, seed=1)
     assert made.state_dict().keys() == wanted.state_dict().keys()
@@ -96,7 +99,7 @@ def test_fresh_weights_are_those_of_the_constructor(kind):
         assert torch.equal(made.get_buffer(name), buffer)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_blocks_of_a_model_have_its_layers_once_and_copies_of_its_ends(kind):
     model = plain(kind)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -107,6 +110,9 @@ def test_blocks_of_a_model_have_its_layers_once_and_copies_of_its_ends(kind):
         owners = [state for state in states if name in state]
         assert len(owners) == (1 if name.startswith(lists) else 2)
         assert all(torch.equal(state[name], value) for state in owners)
+    one = small(kind, 2, model, only=2)
+    assert all(p.is_meta for p in one.block(1).parameters())
+    assert all(torch.equal(v, states[1][k]) for k, v in one.block(2).net.state_dict().items())
     with torch.no_grad():
         for parameter in wrapped.parameters():
             parameter.zero_()
@@ -163,7 +169,7 @@ def others_are_left_alone(kind):
     assert torch.equal(wrapped.block(2)(z, torch.tensor([0.3, 0.6])), out)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_others_get_no_gradient_and_are_not_heard(kind):
     others_are_left_alone(kind)
 
@@ -216,7 +222,7 @@ def test_each_block_learns(kind, block):
     assert loss() < 0.8 * before
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_a_block_hears_its_condition(kind):
     block = small(kind, 2).block(1).eval()
     z = torch.randn(1, CHANNELS[kind], 8, 8, generator=torch.Generator().manual_seed(1))
@@ -308,6 +314,11 @@ UNET = {
     "_class_name": "UNet2DModel", "block_out_channels": [32, 32], "layers_per_block": 1,
     "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "sample_size": 8,
 }  # fmt: skip
+CHROMA = {
+    "_class_name": "ChromaTransformer2DModel", "num_layers": 2, "num_single_layers": 2,
+    "in_channels": 16, "joint_attention_dim": 12, "approximator_num_channels": 16,
+    "approximator_hidden_dim": 16, "approximator_layers": 1, "axes_dims_rope": [2, 2, 4], **HEADS,
+}  # fmt: skip
 LATTE = {
     "_class_name": "LatteTransformer3DModel", "num_layers": 2, "sample_size": 8, "patch_size": 2,
     "in_channels": 4, "cross_attention_dim": 16, "caption_channels": 16, "video_length": 2, **HEADS,
@@ -323,6 +334,7 @@ LATTE = {
         (HUNYUAN, {}, r"HunyuanDiT2DModel is U-shaped \(layer 0 of blocks takes 'skip'\)"),
         (UNET, {}, r"UNet2DModel is U-shaped \(down_blocks\)"),
         ({"_class_name": "AutoencoderKL"}, {}, "AutoencoderKL is not an architecture"),
+        (CHROMA, {}, "ChromaTransformer2DModel gives each layer what belongs to its number"),
         ({"_class_name": "Linear"}, {}, "has no model 'Linear'.*DiTTransformer2DModel"),
         ({}, {}, "has no model ''"),
         (
@@ -335,6 +347,7 @@ LATTE = {
         ),
         ({**DIT, "norm_type": "layer_norm"}, {}, "cannot be made of its settings"),
         ({**FLUX, "guidance_embeds": True}, {}, "guidance_embeds"),
+        (FLUX, {"size": 7}, "images of 7 x 7 for FluxTransformer2DModel.*patch, 2"),
         (DIT, {"classes": 4}, "4 classes, and num_embeds_ada_norm .* is 3"),
         (SD3, {"rows": {}}, "is given no embeddings.*encoder_hidden_states"),
     ],
@@ -352,6 +365,11 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(config, settings, message
 def test_embeddings_of_another_shape_are_refused():
     with pytest.raises(ConfigError, match=r"a table of shape \(3, 70\).*\(4, 70\)"):
         small("sd3", 2, table=torch.zeros(3, 70))
+
+
+def test_weights_of_another_precision_are_refused():
+    with pytest.raises(ConfigError, match=r"weights of torch.bfloat16.*model\.float"):
+        small("dit", 2, plain("dit").bfloat16())
 
 
 def test_lists_in_the_wrong_order_are_noticed_when_they_run():

@@ -3,6 +3,7 @@
 import torch
 
 from shoestring.models.wrapped import rows_table, wrap
+from shoestring.models.wrapped_config import Call
 from shoestring.objectives.denoise import Denoise
 from shoestring.ops.noise_levels import FlowTime, LogNormal, partition
 
@@ -20,18 +21,37 @@ FLUX = {
     "_class_name": "FluxTransformer2DModel", "in_channels": 16, "num_layers": 2,
     "num_single_layers": 4, "axes_dims_rope": [2, 2, 4], **HEADS, **TEXTS,
 }  # fmt: skip
-CONFIGS = {"dit": DIT, "sd3": SD3, "flux": FLUX}
-CHANNELS = {"dit": 1, "sd3": 4, "flux": 4}
+AURA = {
+    "_class_name": "AuraFlowTransformer2DModel", "sample_size": 8, "num_mmdit_layers": 2,
+    "num_single_dit_layers": 2, "joint_attention_dim": 12, "caption_projection_dim": 16,
+    "pos_embed_max_size": 16, **HEADS,
+}  # fmt: skip
+SANA = {
+    "_class_name": "SanaTransformer2DModel", "sample_size": 8, "in_channels": 4, "num_layers": 4,
+    "out_channels": 4, "caption_channels": 12, "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 8, "cross_attention_dim": 16, **HEADS,
+}  # fmt: skip
+PIXART = {
+    "_class_name": "PixArtTransformer2DModel", "sample_size": 8, "num_layers": 4,
+    "caption_channels": 12, "cross_attention_dim": 16, **HEADS,
+}  # fmt: skip
+CONFIGS = {"dit": DIT, "sd3": SD3, "flux": FLUX, "aura": AURA, "sana": SANA, "pixart": PIXART}
+CHANNELS = {"dit": 1, "sd3": 4, "flux": 4, "aura": 4, "sana": 4, "pixart": 4}
+PIXART_CALL = Call(
+    lists=("transformer_blocks",), given=("encoder_hidden_states",),
+    fixed={"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
+)  # fmt: skip
 CLASSES = 3
 
 
-def given(seed=0):
+def given(kind, seed=0):
     """Embeddings of three texts, and of none at the end."""
     draws = torch.Generator().manual_seed(seed)
-    return {
+    every = {
         "encoder_hidden_states": torch.randn(4, 5, 12, generator=draws),
         "pooled_projections": torch.randn(4, 10, generator=draws),
     }
+    return every if kind in ("sd3", "flux") else dict(list(every.items())[:1])
 
 
 def parts_of(kind, blocks, overlap=0.0):
@@ -47,7 +67,9 @@ def objective_of(kind, blocks):
 
 def wrapped(kind, blocks, network=None, **settings):
     """A small model in blocks, from its config or from a model."""
-    table, rows = (None, {}) if kind == "dit" else rows_table(given())
+    if kind == "pixart":  # which is not known
+        settings.setdefault("call", PIXART_CALL)
+    table, rows = (None, {}) if kind == "dit" else rows_table(given(kind))
     settings = {"classes": CLASSES, "rows": rows, "table": table, "size": 8, **settings}
     return wrap(network or CONFIGS[kind], parts_of(kind, blocks), **settings)
 

@@ -21,13 +21,15 @@ Source: DiffusionBlocks, arXiv 2506.14202, sections 3 and 4; DiT, arXiv 2212.097
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..ops.noise_levels import LogNormal, Partition
 from .wrapped_config import Call, WrappedConfig
 from .wrapped_cut import Wanted, call_of, keep, made, skeleton
@@ -177,6 +179,11 @@ class Wrapped(nn.Module):
     ) -> "Wrapped":  # fmt: skip
         """Blocks that start as copies of a model's weights; the model stays as it is."""
         _check_table(config, table)
+        other = next((p.dtype for p in network.parameters() if p.dtype != torch.float32), None)
+        if other is not None:
+            raise ConfigError(
+                f"weights of {other}", expected="float32", hint="model.float() makes them so."
+            )
         model = cls(config)
         model.table = table
         for block in range(1, config.blocks + 1) if only is None else (only,):
@@ -203,6 +210,28 @@ class Wrapped(nn.Module):
         wanted = wanted_by(c, block)
         net = made(c.architecture, c.settings, c.call, wanted, seed * 1_000_003 + block)
         self.blocks[block - 1] = WrappedBlock(self, net.to(device))
+
+    @torch.no_grad()
+    def start_from(self, block: int, path: str | Path) -> None:
+        """Give a block the weights that a plain model's safetensors files have under its names;
+        nothing else of them is read. path: a file, or a folder of them. CheckpointError for
+        weights that are missing or of another shape."""
+        wanted = self.block(block).net.state_dict()
+        left = set(wanted)
+        for file in weight_files(path):
+            for name, value in _read(file, left):
+                if value.shape != wanted[name].shape:
+                    raise CheckpointError(
+                        f"{name} of {file} is {tuple(value.shape)}",
+                        expected=f"{tuple(wanted[name].shape)}",
+                    )
+                wanted[name].copy_(value)
+                left.discard(name)
+        if left:
+            raise CheckpointError(
+                f"{path} has no {sorted(left)[0]}",
+                expected=f"the weights of a {self.config.architecture}",
+            )
 
     def block(self, block: int) -> WrappedBlock:
         """Block b of 1..B."""
@@ -264,6 +293,12 @@ def config_of(
     law, low, high = partition.law, 0.0, 1.0
     if isinstance(law, LogNormal):  # what `edm_scales` tells of the noise
         low, high = math.log(law.low) / 4, math.log(law.high) / 4
+    patch = int(settings.get("patch_size") or 1) * (2 if call.packed else 1)
+    if size % patch or (height or size) % patch:
+        raise ConfigError(
+            f"images of {height or size} x {size} for {architecture}",
+            expected=f"a multiple of its patch, {patch}",
+        )
     channels = int(settings.get("in_channels", 1)) // (4 if call.packed else 1)
     return WrappedConfig(
         architecture=architecture, settings=settings, call=call,
@@ -302,6 +337,15 @@ def rows_table(given: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, tuple[int
     return table, {name: tuple(value.shape[1:]) for name, value in given.items()}
 
 
+def weight_files(path: str | Path) -> list[Path]:
+    """The safetensors files of a model. CheckpointError where there are none."""
+    place = Path(path)
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path} holds no weights", expected="safetensors files")
+    return files
+
+
 def wanted_by(config: WrappedConfig, block: int) -> Wanted:
     """Whether a layer belongs to a block."""
     own = {(name, number) for name, numbers in config.owned(block) for number in numbers}
@@ -336,6 +380,15 @@ def _without_parameters(net: nn.Module) -> nn.Module:
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(parameter.detach().to("meta"))
     return net
+
+
+def _read(file: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in sorted(names & set(opened.keys())):
+                yield name, opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -42,7 +42,13 @@ ARCHITECTURES: dict[str, Call] = {
         lists=("transformer_blocks", "single_transformer_blocks"), given=_TEXTS, top=1.0,
         packed=True,
     ),
+    "AuraFlowTransformer2DModel": Call(
+        lists=("joint_transformer_blocks", "single_transformer_blocks"), given=_TEXTS[:1], top=1.0
+    ),
+    "SanaTransformer2DModel": Call(lists=("transformer_blocks",), given=_TEXTS[:1]),
 }  # fmt: skip
+BY_NUMBER = {"ChromaTransformer2DModel", "HiDreamImageTransformer2DModel"}
+"""Refused: their forward picks what a layer is given by the layer's number in the list."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

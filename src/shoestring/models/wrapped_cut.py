@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from .wrapped_config import ARCHITECTURES, Call
+from .wrapped_config import ARCHITECTURES, BY_NUMBER, Call
 
 Place = tuple[str, int]
 """A layer: its list, its number there."""
@@ -154,6 +154,11 @@ def skeleton_in_order(
 
 def _constructed(architecture: str, settings: Mapping[str, Any]) -> nn.Module:
     kind = class_of(architecture)
+    if architecture in BY_NUMBER:
+        raise ConfigError(
+            f"{architecture} gives each layer what belongs to its number, and blocks have none",
+            expected="layers that are all called alike",
+        )
     try:
         return kind.from_config(dict(settings))
     except (TypeError, ValueError, NotImplementedError, ArithmeticError) as error:

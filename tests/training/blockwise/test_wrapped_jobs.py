@@ -6,15 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shoestring.errors import ConfigError, DataError
+from shoestring.errors import CheckpointError, ConfigError, DataError
 from shoestring.training.blockwise import sampling, task
+from shoestring.training.blockwise.config import BlockwiseConfig
 from shoestring.training.blockwise.every import train_every_block
 from shoestring.training.blockwise.job import train_block
 from shoestring.training.blockwise.merging import load_merged, merge
 from shoestring.training.blockwise.sampling import losses_at, sample_images
 from shoestring.training.blockwise.wrapped import WrappedImages
 
-from .conftest import bars, changed, elsewhere
+from .conftest import IMAGES, bars, changed, elsewhere
 from .test_jobs import apart_is_in_turn, call, state_of
 
 diffusers = pytest.importorskip("diffusers", reason="pip install 'shoestring[diffusion]'")
@@ -61,20 +62,46 @@ def run_of(kind, images, folder, seed=0, **settings):
         }
         save_file({**bars(), **given}, source)
     return changed(
-        images, run={"save_every": 0, "steps": 3}, model={"diffusers": str(model), "num_hidden_layers": 5},  # which does not count
+        images, run={"save_every": 0, "steps": 3},
+        model={"diffusers": str(model), "num_hidden_layers": 5},  # the second does not count
         data={"source": source}, blockwise={"objective": "edm" if kind == "dit" else "flow"},
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """By kind: a run whose blocks are trained and merged, and the networks that were trained."""
+    known = {}
+
+    def trained(kind):
+        if kind not in known:
+            folder, nets, real = tmp_path_factory.mktemp(kind), [], task.Task.fresh
+            save_file(bars(), folder / "bars.safetensors")
+            (folder / "blocks.toml").write_text(IMAGES.format(folder=folder))
+            config = run_of(kind, BlockwiseConfig.load(folder / "blocks.toml"), folder)
+
+            def kept(self, block, device):
+                nets.append(real(self, block, device))
+                return nets[-1]
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(task.Task, "fresh", kept)
+                train_every_block(config)
+            merge([config.run.directory])
+            known[kind] = config, nets
+        return known[kind]
+
+    return trained
+
+
 @pytest.mark.parametrize("kind", list(CONFIGS))
-def test_a_merged_model_draws_and_each_step_runs_its_owner_alone(kind, images, folder, monkeypatch):
-    config = run_of(kind, images, folder)
-    train_every_block(config)
-    merged = load_merged(merge([config.run.directory]))
+def test_a_merged_model_draws_and_each_step_runs_its_owner_alone(kind, trained):
+    config, _ = trained(kind)
+    merged = load_merged(config.run.directory)
     for block in (1, 2):
-        trained = state_of(config, block)
+        saved = state_of(config, block)
         for name, value in merged.model.block(block).state_dict().items():
-            assert torch.equal(value, trained[f"weights {name}"])
+            assert torch.equal(value, saved[f"weights {name}"])
     ran = []
     for block in (1, 2):
         for layer in merged.model.block(block).layers:
@@ -97,24 +124,14 @@ def test_a_merged_model_draws_and_each_step_runs_its_owner_alone(kind, images, f
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
-def test_a_merged_model_knows_what_its_blocks_know(kind, images, folder):
-    """The same losses as the networks that were trained, with all that is in no state."""
-    config = run_of(kind, images, folder)
-    trained = []
-    real = task.Task.fresh
-
-    def kept(self, block, device):
-        trained.append(real(self, block, device))
-        return trained[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task.Task, "fresh", kept)
-        train_every_block(config)
-    merged = load_merged(merge([config.run.directory]))
+def test_a_merged_model_knows_what_its_blocks_know(kind, trained):
+    """The same answers as the networks that were trained, with all that is in no state."""
+    config, nets = trained(kind)
+    merged = load_merged(config.run.directory)
     pixels, labels = task.task_of(config).held_out.batch(torch.arange(6))
     for block in (1, 2):
         level = torch.full((6,), 0.5 * sum(merged.partition.range(block)))
-        net = trained[block - 1].block(block).eval()
+        net = nets[block - 1].block(block).eval()
         with torch.no_grad():
             wanted = merged.objective.denoised(net, pixels, level, labels)
         got = sampling.denoised(merged, pixels, float(level[0]), labels)
@@ -168,6 +185,36 @@ def test_from_the_command_line(images, folder, capsys):
     assert (folder / "run" / "samples.png").stat().st_size > 100
 
 
+def test_a_job_starts_from_the_weights_of_a_plain_model_and_reads_its_own_only(images, folder):
+    config = run_of("dit", images, folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        settings = {k: v for k, v in CONFIGS["dit"].items() if k[0] != "_"}
+        plain = diffusers.DiTTransformer2DModel(**settings)
+    state, files = plain.state_dict(), folder / "weights"
+    files.mkdir()
+    (one, two) = ({n: v for n, v in state.items() if ("blocks.3" in n) == is_last}
+                  for is_last in (False, True))  # fmt: skip
+    save_file(one, files / "part-1.safetensors")
+    save_file(two, files / "part-2.safetensors")
+    config = changed(config, model={"weights": str(files)})
+    made = task.task_of(config).fresh(2, torch.device("cpu"))
+    own = made.block(2).net.state_dict()
+    assert {name.split(".")[1] for name in own if "blocks" in name} == {"2", "3"}
+    assert all(torch.equal(value, state[name]) for name, value in own.items())
+    (files / "part-2.safetensors").unlink()
+    train_block(config, 1)  # whose weights are all there
+    with pytest.raises(CheckpointError, match=r"has no transformer_blocks\.3"):
+        train_block(config, 2)
+    save_file({**state, "proj_out_2.bias": torch.zeros(3)}, files / "part-1.safetensors")
+    with pytest.raises(CheckpointError, match=r"proj_out_2\.bias .* is \(3,\).*\(4,\)"):
+        train_block(config, 2)
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        train_block(changed(config, model={"weights": str(folder / "none")}), 2)
+    with pytest.raises(ConfigError, match=r"model\.diffusers is not"):
+        changed(images, model={"weights": "x"})
+
+
 # ---- what is refused ---------------------------------------------------------------------------
 
 
@@ -182,6 +229,21 @@ def test_data_without_what_the_model_is_given_is_named(images, folder):
     with pytest.raises(DataError, match=r"pooled_projections .* is \(3, 10\)"):
         train_block(short, 1)
     assert not (folder / "run" / "block-1" / "checkpoints").exists()
+
+
+def test_latents_may_be_any_finite_numbers(images, folder):
+    config = run_of("dit", images, folder)
+    data = load_file(config.data.source)
+    for top, is_fine in ((5.0, True), (float("inf"), False)):
+        pixels = data["images"].float() / 255
+        pixels[0, 0, 0, 0] = top
+        save_file({**data, "images": pixels}, folder / f"latents {top}.safetensors")
+        latents = changed(config, data={"source": str(folder / f"latents {top}.safetensors")})
+        if is_fine:
+            assert float(task.task_of(latents).train.images.max()) <= 5.0
+        else:
+            with pytest.raises(DataError, match="not finite"):
+                task.task_of(latents)
 
 
 @pytest.mark.parametrize(

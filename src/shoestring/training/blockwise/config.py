@@ -66,6 +66,9 @@ class DenoiserConfig:
     diffusers: str = ""
     """Images: the config.json (or its folder) of a transformer of diffusers to train in blocks; it
     decides the shape, and the settings above do not count. Empty = a plain DiT."""
+    weights: str = ""
+    """With diffusers: the folder of safetensors files of the same model that blocks start from;
+    a job reads its own block's weights only. Empty = fresh weights."""
 
     def __post_init__(self) -> None:
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
@@ -167,6 +170,10 @@ class BlockwiseConfig:
         if self.model.diffusers and objective not in ("edm", "flow"):
             raise ConfigError(
                 f"model.diffusers with objective {objective!r}", expected="edm or flow: images"
+            )
+        if self.model.weights and not self.model.diffusers:
+            raise ConfigError(
+                "model.weights is set and model.diffusers is not", expected="both, or neither"
             )
         if layers % blocks and not self.model.diffusers:
             near = nearest_divisors(layers, blocks)

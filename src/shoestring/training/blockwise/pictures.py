@@ -1,6 +1,7 @@
 """Images and their classes from a safetensors file, split, and drawn from by number."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from ...errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """images (N, C, H, W), bytes or float32 in [-1, 1]; labels (N,) int64 or None; digest: of both,
-    before anything was held out; classes: 0 without labels."""
+    """images (N, C, H, W), bytes or float32 in [-1, 1], latents any float32; labels (N,) int64 or
+    None; digest: of both, before anything was held out; classes: 0 without labels."""
 
     images: Tensor
     labels: Tensor | None
@@ -34,15 +35,17 @@ class Pictures:
         return images, None if self.labels is None else self.labels[rows].to(device)
 
 
-def read_pictures(path: str | Path, held_out: float) -> tuple[Pictures, Pictures]:
+def read_pictures(
+    path: str | Path, held_out: float, *, latent: bool = False
+) -> tuple[Pictures, Pictures]:
     """(train, held out): a share drawn once, the same on every machine. DataError for a file that
-    does not hold images."""
+    does not hold images. latent: floats may be any finite numbers."""
     path = Path(path)
     if not path.is_file():
         raise DataError(
             f"there is no file {path}", expected="a safetensors file with images (N, C, H, W)"
         )
-    images, labels = _tensors(path)
+    images, labels = _tensors(path, math.inf if latent else 1.0)
     digest = hashlib.sha256(_bytes(images))
     classes = 0
     if labels is not None:
@@ -63,7 +66,7 @@ def read_pictures(path: str | Path, held_out: float) -> tuple[Pictures, Pictures
     return train, rest
 
 
-def _tensors(path: Path) -> tuple[Tensor, Tensor | None]:
+def _tensors(path: Path, largest: float) -> tuple[Tensor, Tensor | None]:
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -79,8 +82,14 @@ def _tensors(path: Path) -> tuple[Tensor, Tensor | None]:
             f"the images of {path} are {tuple(images.shape)} of {images.dtype}",
             expected="2 or more images (N, C, H, W), as bytes or float32 in [-1, 1]",
         )
-    if images.dtype == torch.float32 and not float(images.abs().max()) <= 1.0:
-        raise DataError(f"{path} has values beyond [-1, 1]", expected="float images in [-1, 1]")
+    if images.dtype == torch.float32:
+        top = float(images.abs().max())
+        if not (math.isfinite(top) and top <= largest):
+            raise DataError(
+                f"{path} has values beyond [-1, 1]" if math.isfinite(top) else
+                f"{path} has values that are not finite",
+                expected="float images in [-1, 1]" if largest == 1 else "finite numbers",
+            )  # fmt: skip
     if labels is not None and (
         labels.shape != (len(images),) or labels.is_floating_point() or int(labels.min()) < 0
     ):

@@ -102,7 +102,9 @@ class Images(Task):
     def __init__(self, config: BlockwiseConfig) -> None:
         super().__init__(config)
         data, settings = config.data, config.blockwise
-        self.train, self.held_out = read_pictures(data.source, data.held_out)
+        self.train, self.held_out = read_pictures(
+            data.source, data.held_out, latent=bool(config.model.diffusers)
+        )
         self.data_digest = self.train.digest
         self.parts = parts_of(settings)
         self.shape = self._shape()

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...errors import ConfigError, DataError
-from ...models.wrapped import config_of, rows_table
+from ...models.dit import DiT
+from ...models.wrapped import Wrapped, config_of, rows_table, weight_files
 from ...models.wrapped_config import ARCHITECTURES, WrappedConfig
 from .config import BlockwiseConfig
 from .task import Denoiser, Images
@@ -40,18 +41,28 @@ class WrappedImages(Images):
         if call is not None and call.given:
             given = read_given(Path(self.config.data.source), call.given, self.train.classes)
             self.table, rows = rows_table(given)
+        if self.config.model.weights:
+            weight_files(self.config.model.weights)
         high, wide = self.train.images.shape[2:]
         return config_of(
             network, self.parts, size=wide, height=None if high == wide else high,
             classes=self.train.classes, rows=rows,
         )  # fmt: skip
 
+    def fresh(self, block: int, device: torch.device) -> DiT | Wrapped:
+        """As it is made, or as the weights to start from have it."""
+        model = super().fresh(block, device)
+        if self.config.model.weights:
+            assert isinstance(model, Wrapped)
+            model.start_from(block, self.config.model.weights)
+        return model
+
     def loss(self, net: Denoiser, block: int, generator: torch.Generator) -> Tensor:
         """See `Denoise`. What the model itself drops is drawn from the generator too."""
         if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules()):
             return super().loss(net, block, generator)
         seed = int(torch.randint(2**62, (1,), generator=generator))
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             return super().loss(net, block, generator)
 
