@@ -9,8 +9,9 @@ from torch import nn
 from shoestring.errors import ConfigError
 from shoestring.meter.tracker import Tracker
 from shoestring.models import wrapped_cut
-from shoestring.models.wrapped import config_of, wrap
+from shoestring.models.wrapped import wrap
 from shoestring.models.wrapped_config import Call, WrappedConfig
+from shoestring.models.wrapped_sources import config_of
 
 from .wrapping import (
     CHANNELS,

@@ -2,8 +2,9 @@
 
 import torch
 
-from shoestring.models.wrapped import rows_table, wrap
+from shoestring.models.wrapped import wrap
 from shoestring.models.wrapped_config import Call
+from shoestring.models.wrapped_sources import rows_table
 from shoestring.objectives.denoise import Denoise
 from shoestring.ops.noise_levels import FlowTime, LogNormal, partition
 

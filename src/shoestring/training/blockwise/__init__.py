@@ -3,6 +3,7 @@
 config      the settings of such a run, read without torch
 pictures    images from a file; letters: bytes of a text
 task        what a block is trained on: data, objective, table, and the identity merge compares
+wrapped     the same for a transformer of diffusers
 job         one block: built alone, trained, saved, gone on with bit for bit
 every       all blocks in one process, one of them in memory at a time
 on_ray      all blocks as jobs of Ray, killed or not the same bits

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, DataError
 from ...models.dit import DiT
-from ...models.wrapped import Wrapped, config_of, rows_table, weight_files
+from ...models.wrapped import Wrapped
 from ...models.wrapped_config import ARCHITECTURES, WrappedConfig
+from ...models.wrapped_sources import config_of, rows_table, weight_files
 from .config import BlockwiseConfig
 from .task import Denoiser, Images
 
