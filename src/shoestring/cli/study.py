@@ -70,7 +70,7 @@ def _shown(result: dict[str, Any], judged: list[Any]) -> list[Any]:
     from ..studies.compressed_context.claims import Rows
 
     rows = Rows(result)
-    missing = {row["name"]: row["missing"] for row in result["rows"] if "missing" in row}
+    missing = rows.missing(result)
     found = Table(box=None, pad_edge=False)
     for name in ("", "bytes a token", "KL", "needles", "copied", "1 hop", "4 hops"):
         found.add_column(name, justify="right" if name else "left")

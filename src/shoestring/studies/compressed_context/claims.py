@@ -55,6 +55,15 @@ class Rows:
             if "missing" not in row:
                 self.of.setdefault((row["part"], row["name"]), []).append(row)
 
+    def missing(self, result: Mapping[str, Any]) -> dict[str, str]:
+        """Why, in a few words, for names of which nothing was measured."""
+        measured = {name for _, name in self.of}
+        return {
+            row["name"]: row["missing"].partition("; expected")[0]
+            for row in result["rows"]
+            if "missing" in row and row["name"] not in measured
+        }
+
     def names(self, part: str) -> list[str]:
         """Names that were measured, in their order."""
         return [name for found, name in self.of if found == part]

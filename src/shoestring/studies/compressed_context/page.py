@@ -43,7 +43,7 @@ def tables(result: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _cells(result: Mapping[str, Any], rows: Rows) -> list[list[str]]:
-    missing = {r["name"]: r["missing"] for r in result["rows"] if "missing" in r}
+    missing = rows.missing(result)
     names = list(dict.fromkeys(row["name"] for row in result["rows"]))
     found = []
     for name in names:
