@@ -78,7 +78,7 @@ def without_basis(made: Calibration, sums: dict[int, Any]) -> Calibration:
         fisher = each.fisher.diagonal(dim1=-2, dim2=-1).mean(-1) * GROUP * 2 / made.tokens
         weight = fisher[..., None] * size[..., 0].squeeze(-1)[None, ..., None]
         weights.append(weight.expand(made.weights[index].shape).float().contiguous())
-    return replace(made, turns=turns, weights=weights, _turns={}, _digest=[])
+    return replace(made, turns=turns, weights=weights)
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def main() -> None:
     sums = gradients(model, pieces)
     whole_one = calibrated(model, sums, pieces)
     summed = [weights.sum(0, keepdim=True) for weights in whole_one.weights]
-    one_age = replace(whole_one, weights=summed, _turns={}, _digest=[])
+    one_age = replace(whole_one, weights=summed)
     with changed(calibration, _firm=little):
         little_added = calibrated(model, sums, pieces)
     words = own_words(model, texts, calibration.ROW)
