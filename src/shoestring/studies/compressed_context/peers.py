@@ -214,11 +214,12 @@ def _budgeted(setting: Setting, share: float, seed: int, how: str, ids: Tensor) 
 
 
 def _turns(setting: Setting, how: str) -> int:
-    """Bytes of what all our caches of a model share: turns, their inverses, and means."""
+    """Bytes of what all our caches of a model share: turns in float64, their inverses in float32,
+    and means; not the copy in float32 that a calibration keeps for `save`."""
     if how == "not calibrated":
         return 0
     found = setting.sensitivity(0, how != "")
-    return sum(4 * x.nbytes for x in found.turns) + sum(2 * x.nbytes for x in found.means)
+    return sum(3 * x.nbytes for x in found.turns) + sum(2 * x.nbytes for x in found.means)
 
 
 def _packages(setting: Setting) -> list[Peer]:
