@@ -26,7 +26,7 @@ class Arguments(Common):
     """Where result, model and page are kept; empty = runs/study-NAME. Run again, a study goes on
     where it was."""
     quick: FlagCreatePairsOff[bool] = False
-    """About two minutes instead of half an hour: less text, fewer caches, one seed."""
+    """About two minutes instead of three quarters of an hour: less text, fewer caches, one seed."""
     tiny: FlagCreatePairsOff[bool] = False
     """A few seconds, to see that it runs; its numbers mean nothing."""
 
