@@ -1,7 +1,7 @@
 """What does a compressed context lose, in words, needles, copies and in steps?
 
-Runs `shoestring study compressed-context` whole (three quarters of an hour on one core) and stores its result
-and the table made of it. A study that was ended goes on where it was.
+Runs `shoestring study compressed-context` whole (three quarters of an hour on one core) and stores
+its result and the table made of it. A study that was ended goes on where it was.
 
     python benchmarks/study_compressed_context/run.py [--smoke | --table | --again]
 """
