@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from shoestring.ops import native, row_kernel
-from shoestring.ops.codebook import codebook
+from shoestring.ops.row_code import coefficients
 from shoestring.ops.row_kernel import Basis, KernelCode, Segment
 from shoestring.training.receipt import environment
 
@@ -38,18 +37,6 @@ H, GROUPS, D = 3, 3, 64
 BITS = (0, 1, 2, 3, 3, 4, 5, 8)
 LENGTHS = {1024: 30, 4096: 30, 16384: 8}  # tokens, and layers, so that memory suffices
 LEVELS = ("plain vectors", "AVX2", "AVX-512", "AVX-512 with VBMI")
-
-
-def coefficients() -> Tensor:
-    """Odd polynomials near the levels of the normal law."""
-    found = torch.zeros(9, 3, dtype=torch.float64)
-    for bits in range(1, 9):
-        half = 2 ** (bits - 1)
-        x = (np.arange(half) + 0.5) / half
-        powers = np.stack([x, x**3, x**5], axis=1)[:, :half]
-        fit = np.linalg.lstsq(powers, np.array(codebook(bits).levels)[half:], rcond=None)[0]
-        found[bits, : len(fit)] = torch.from_numpy(fit)
-    return found
 
 
 def mixed_code(generator: torch.Generator) -> KernelCode:

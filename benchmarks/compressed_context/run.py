@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from shoestring.meter import Tracker
 from shoestring.serve import Calibration, CompressedCache, attach, calibrate, kernel_in_use
@@ -105,16 +105,6 @@ def twin_of(model: Any) -> Any:
             for at in (*slowest, *(each + width // 2 for each in slowest)):
                 bias[:, at] = BIAS * torch.randn(heads, generator=generator)
     return made
-
-
-@torch.no_grad()
-def said(model: Any, ids: Tensor, cache: Cache, chunk: int = CHUNK) -> Tensor:
-    """Log-probabilities (tokens, V) through the cache."""
-    found = []
-    for start in range(0, ids.shape[1], chunk):
-        logits = model(ids[:, start : start + chunk], past_key_values=cache).logits
-        found.append(logits[0].log_softmax(-1))
-    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -235,14 +225,15 @@ def main() -> None:
         one = models[which]
         if which not in references:
             one.set_attn_implementation("sdpa")
-            references[which] = said(one, ids, DynamicCache(config=one.config))
+            references[which] = measure.said(one, ids, DynamicCache(config=one.config), CHUNK)
             started = time.monotonic()
             made[which] = calibrations(one, whole, code, texts)
             print(f"calibrated twice in {time.monotonic() - started:.0f} s", flush=True)
         with attach(one):
             cache = make(one, made[which])
             started = time.monotonic()
-            found = said(one, ids, cache, 1 if name.endswith("token by token") else CHUNK)
+            chunk = 1 if name.endswith("token by token") else CHUNK
+            found = measure.said(one, ids, cache, chunk)
             seconds = time.monotonic() - started
             row = {
                 "name": name, "model": which, "nbytes": cache.nbytes / tokens,

@@ -110,15 +110,6 @@ def own_words(model: Any, texts: int, tokens: int) -> Tensor:
     )  # fmt: skip
 
 
-@torch.no_grad()
-def said(model: Any, ids: Tensor, cache: Any) -> Tensor:
-    found = []
-    for start in range(0, ids.shape[1], CHUNK):
-        logits = model(ids[:, start : start + CHUNK], past_key_values=cache).logits
-        found.append(logits[0].log_softmax(-1))
-    return torch.cat(found)
-
-
 def table(result: dict[str, Any]) -> str:
     lines = ["| | KL to float32 | top-1 |", "|---|---:|---:|"]
     for row in result["rows"]:
@@ -139,7 +130,7 @@ def main() -> None:
     model.eval()
     whole, _ = study.text_of(tokenizer)
     ids = whole[None, FIRST : FIRST + tokens]
-    wanted = said(model, ids, DynamicCache(config=model.config))
+    wanted = measure.said(model, ids, DynamicCache(config=model.config), CHUNK)
     pieces = whole[: texts * calibration.ROW].view(texts, calibration.ROW)
     sums = gradients(model, pieces)
     whole_one = calibrated(model, sums, pieces)
@@ -166,10 +157,11 @@ def main() -> None:
         "tokens": tokens, "budget": BUDGET, "rows": [],
     }  # fmt: skip
     for name, (made, scope) in arms.items():
+        choose._budgeted.cache_clear()  # an arm may change what its forms are made of
         with scope(), attach(model):
             cache = CompressedCache(model, budget=f"{BUDGET}B", calibration=made)
         with attach(model):
-            row = measure.compared(wanted, said(model, ids, cache), ids)
+            row = measure.compared(wanted, measure.said(model, ids, cache, CHUNK), ids)
         result["rows"].append({"name": name, "bytes": cache.nbytes / tokens, **row})
         print(json.dumps(result["rows"][-1]), flush=True)
     print(table(result))

@@ -79,6 +79,15 @@ def test_more_bytes_are_nearer(grouped):
     assert found[-1] < 0.5 * found[0]
 
 
+def test_caches_of_the_same_settings_share_their_tables(grouped):
+    calibration = calibrate(grouped, ids(1, 100))
+    for settings in ({}, {"budget": "8bits"}, {"budget": "8bits", "calibration": calibration}):
+        one, other = (CompressedCache(grouped, **settings) for _ in range(2))
+        assert all(a is b for a, b in zip(one.forms, other.forms, strict=True))
+        third = CompressedCache(grouped, sinks=2, **settings)
+        assert third.forms[0] is not one.forms[0]
+
+
 def test_budgets_are_read_as_they_are_written(grouped):
     config = grouped.config
     assert bytes_a_token("4700B", config) == bytes_a_token(4700, config) == 4700

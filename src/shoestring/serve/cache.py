@@ -122,7 +122,7 @@ class CompressedCache(Cache):
 
     def save(self, model: nn.Module, directory: str | Path, *, entropy: bool = True) -> None:
         """What was read, into a directory that appears whole or not: `load` takes it up again, bit
-        for bit. entropy: codes take 5 % less and a little longer.
+        for bit. entropy: a few percent less, and a little longer.
 
         ConfigError for a cache that is empty, or that has sliding or linear layers."""
         known = None if self._model is None else self._model()

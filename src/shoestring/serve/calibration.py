@@ -180,8 +180,8 @@ def calibrate(
 ) -> Calibration:
     """texts: (n, T) of ids, each read by itself; 8 of 768 are enough for a small model.
 
-    Takes two to three times the memory and time of a training step on one text, n times; weights
-    and their gradients stay as they are. ConfigError for a model that cannot be served, DataError
+    Takes the memory of a training step on one text, attention recomputed; weights and their
+    gradients stay as they are. ConfigError for a model that cannot be served, DataError
     for texts that do not do.
     """
     check_model(model)

@@ -5,10 +5,12 @@ is D(b) of its variance (`ops.row_code.error`), and w D(b) nats for a group of w
 for a group costs a byte for every token of its tier. Since D is convex, taking steps in order of
 nats saved for a byte is the best there is, for all tiers, layers, heads and groups together
 (Shoham and Gersho, 1988).
+
+Forms of the same settings are made once: their tables are what all caches of a model share.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ from .form import LayerForm, Tier, Turn, layer_bytes
 from .store import room_for
 
 # H heads, d width, g = d / 8 groups; side 0 keys, side 1 values
+
+_Widths = tuple[tuple[int, int], ...]
+_KEPT = 16  # forms of different settings
 
 LEAST_MEAN = 16
 """Keys that a mean is worth being taken of."""
@@ -63,13 +68,21 @@ def plain_forms(
             expected=f"{LEAST_MEAN} or more: the mean is of as many keys as the window holds",
             hint="Take a longer window, or centre=False.",
         )
+    widths = tuple(shapes(config))
+    return list(_plain(widths, (key_bits, value_bits), window, sinks, centre, seed))
+
+
+@lru_cache(maxsize=_KEPT, typed=True)
+def _plain(
+    widths: _Widths, bits: tuple[int, int], window: int, sinks: int, centre: bool, seed: int
+) -> tuple[LayerForm, ...]:
     found = []
-    for heads, width in shapes(config):
+    for heads, width in widths:
         turn = random_turn(heads, width, seed)
-        code = RowCode.uniform(heads, width, key_bits, value_bits)
+        code = RowCode.uniform(heads, width, *bits)
         tiers = ([Tier(window, None)] if window else []) + [Tier(None, code)]
         found.append(LayerForm(heads, width, turn, tuple(tiers), sinks, centre))
-    return found
+    return tuple(found)
 
 
 def budget_forms(
@@ -89,12 +102,27 @@ def budget_forms(
     if not isinstance(context, int) or context <= SHORT_WINDOW:
         raise ConfigError(f"context = {context!r}", expected=f"more than {SHORT_WINDOW} tokens")
     total = bytes_a_token(budget, config) * context
+    widths = tuple(shapes(config))
+    return list(_budgeted(widths, total, context, calibration, sinks, seed, dtype))
+
+
+@lru_cache(maxsize=_KEPT, typed=True)
+def _budgeted(
+    widths: _Widths,
+    total: float,
+    context: int,
+    calibration: Calibration | None,
+    sinks: int,
+    seed: int,
+    dtype: torch.dtype,
+) -> tuple[LayerForm, ...]:
+    """total: bytes of a whole context."""
     if calibration is None:
-        parts = _plain_parts(config, context, seed)
+        parts = _plain_parts(widths, context, seed)
     else:
-        parts = _calibrated_parts(config, context, calibration)
+        parts = _calibrated_parts(len(widths), context, calibration)
     none = [[torch.zeros_like(w, dtype=torch.uint8) for w in each] for each in parts.weights]
-    empty = _forms(parts, config, sinks, none)
+    empty = _forms(parts, widths, sinks, none)
     fixed = sum(layer_bytes(form, context, 1, dtype) for form in empty)
     groups = sum(each[0].numel() for each in parts.weights)
     bits = LEAST_PLAIN_BITS if calibration is None else LEAST_BITS
@@ -107,7 +135,7 @@ def budget_forms(
             hint="Take a longer context to spread them over"
             + (", or a calibration." if calibration is None else "."),
         )
-    return _forms(parts, config, sinks, allocate(parts.weights, parts.rooms, total - fixed))
+    return _forms(parts, widths, sinks, allocate(parts.weights, parts.rooms, total - fixed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,22 +155,20 @@ class _Parts:
         return [*self.tokens[:-1], room_for(self.tokens[-1])]
 
 
-def _calibrated_parts(
-    config: PreTrainedConfig, context: int, calibration: Calibration
-) -> _Parts:  # fmt: skip
+def _calibrated_parts(layers: int, context: int, calibration: Calibration) -> _Parts:
     bands = [low for low in BANDS if low < context]
     tokens = [high - low for low, high in zip(bands, (*bands[1:], context), strict=True)]
     weights = [
         stretched(each, calibration.row, context)[: len(bands)] for each in calibration.weights
     ]
-    turns = [calibration.turn(layer) for layer in range(len(shapes(config)))]
+    turns = [calibration.turn(layer) for layer in range(layers)]
     return _Parts(weights, turns, tokens, SCALE_BYTES, 0)
 
 
-def _plain_parts(config: PreTrainedConfig, context: int, seed: int) -> _Parts:
+def _plain_parts(widths: _Widths, context: int, seed: int) -> _Parts:
     """Keys count more than values, all else alike; a mean needs some exact tokens."""
     weights, turns = [], []
-    for heads, width in shapes(config):
+    for heads, width in widths:
         weight = torch.ones(1, 2, heads, padded(width) // GROUP)
         weight[:, 0] = KEYS_TO_VALUES
         weights.append(weight)
@@ -151,18 +177,18 @@ def _plain_parts(config: PreTrainedConfig, context: int, seed: int) -> _Parts:
 
 
 def _forms(
-    parts: _Parts, config: PreTrainedConfig, sinks: int, bits: list[list[Tensor]]
-) -> list[LayerForm]:  # fmt: skip
+    parts: _Parts, widths: _Widths, sinks: int, bits: list[list[Tensor]]
+) -> tuple[LayerForm, ...]:  # fmt: skip
     found = []
     rooms = [*parts.tokens[:-1], None]
-    for layer, (heads, width) in enumerate(shapes(config)):
+    for layer, (heads, width) in enumerate(widths):
         tiers = [Tier(parts.exact, None)] if parts.exact else []
         for tier, room in enumerate(rooms):
             weight = parts.weights[layer][tier].double().clamp_min(1e-12)
             tiers.append(Tier(room, RowCode(bits[layer][tier], weight, parts.scale_bytes[tier])))
         turn, centre = parts.turns[layer], parts.exact > 0
         found.append(LayerForm(heads, width, turn, tuple(tiers), sinks, centre))
-    return found
+    return tuple(found)
 
 
 def allocate(weights: list[Tensor], tokens: list[int], total: float) -> list[list[Tensor]]:

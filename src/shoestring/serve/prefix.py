@@ -2,7 +2,7 @@
 
 Codes are stored as they are, or entropy-coded: of each number of bits, the codes of all groups as
 one stream of Huffman codes (deflate without its search for repetitions). Levels of a normal law are
-not equally likely, which is what that saves: 5 to 6 % at 2 to 4 bits. Scales are deflated as bytes.
+not equally likely, which is what that saves. Scales are deflated as bytes.
 """
 
 import hashlib

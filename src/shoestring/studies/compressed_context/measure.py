@@ -107,6 +107,14 @@ def read(
     return Reading(torch.cat(said), held, sum(found) / len(found), share(given.words))
 
 
+@torch.no_grad()
+def said(model: Any, ids: Tensor, cache: Cache, chunk: int) -> Tensor:
+    """ids (1, t), so many at a time -> log-probabilities (t, V) through the cache."""
+    pieces = ids.split(chunk, dim=1)
+    found = [model(piece, past_key_values=cache).logits[0].log_softmax(-1) for piece in pieces]
+    return torch.cat(found)
+
+
 def chunks(length: int, total: int, chunk: int) -> list[tuple[int, int]]:
     """Pieces of [0, total); one of them ends at `length`."""
     starts = [*range(0, length, chunk), *range(length, total, chunk)]
