@@ -81,6 +81,19 @@ def parts_of_the_bound_sum_to_the_whole():
         assert float(part.mean()) == pytest.approx(T * math.log(V) / 3, rel=0.03)
 
 
+def levels_of_a_bound_are_the_blocks_own():
+    """What the overlap adds to a block's training is its neighbour's part of the bound."""
+    wide, seen = MaskedDiffusion(partition=partition(MaskTime(), 3, overlap=0.9)), []
+
+    def net(tokens, masked, noise, table):
+        seen.append(noise)
+        return torch.zeros(*tokens.shape, 16)
+
+    wide.nelbo(net, 2, texts(), TABLE, generator(), draws=4)
+    assert 1 / 3 - 1e-6 <= float(torch.cat(seen).min())
+    assert float(torch.cat(seen).max()) <= 2 / 3 + 1e-6
+
+
 def losses_are_those_of_the_twin():
     net, tokens = model(), texts(9)
     draw = OBJECTIVE.draw(2, tokens, generator())
@@ -128,6 +141,7 @@ def an_untrained_model_knows_nothing():
 
 INVARIANTS = [
     parts_of_the_bound_sum_to_the_whole,
+    levels_of_a_bound_are_the_blocks_own,
     losses_are_those_of_the_twin,
     share_of_masked_tokens_is_the_mass,
     an_untrained_model_knows_nothing,

@@ -306,6 +306,7 @@ def test_images_that_are_drawn_show_their_class(images, objective):
 def test_losses_are_of_the_owner_of_each_level(merged, images):
     shown, labels = task.read_pictures(images.data.source, 0.1)[1].batch(torch.arange(8))
     both = losses_at(merged, shown, labels, [0.01, 5.0])
+    assert losses_at(merged, shown, labels, [5.0]) == both[1:]
     with torch.no_grad():
         for parameter in merged.model.block(1).parameters():
             parameter.fill_(float("nan"))
@@ -339,6 +340,15 @@ def test_texts_are_drawn_whole_and_repeat_with_the_seed(merged_text):
     assert 0 <= int(drawn.min()) <= int(drawn.max()) < 256
     assert torch.equal(drawn, sample_text(merged_text, 4, steps=8, seed=3))
     assert not torch.equal(drawn, sample_text(merged_text, 4, steps=8, seed=4))
+
+
+def test_a_text_is_drawn_from_the_rows_that_the_blocks_name(merged_text):
+    with torch.no_grad():
+        for block in (1, 2):
+            head = merged_text.model.block(block).head
+            head.weight.zero_()
+            head.bias.copy_(100 * merged_text.model.table[ord("A")])
+    assert sample_text(merged_text, 2, steps=4).unique().tolist() == [ord("A")]
 
 
 def test_models_are_not_asked_for_what_they_are_not(merged):
