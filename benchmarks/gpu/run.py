@@ -1,10 +1,11 @@
 """What does the GPU path keep of its promises, and what does it cost?
 
-Four parts: exactness on the device (torch.equal), predicted against measured peak
+Five parts: exactness on the device (torch.equal), predicted against measured peak
 (`max_memory_allocated`) for random-weight Llama shapes, peak with tokens/s beside peers
-(Hugging Face gradient checkpointing, eager and under torch.compile), and the compressed context:
-what a model says through it against the CPU's, its bytes, and the time of a step beside the plain
-cache's. Writes results/<device>.json; a run that does not fit or fails is a result too.
+(Hugging Face gradient checkpointing, eager and under torch.compile), what a block of a diffusion
+transformer holds in training, and the compressed context: what a model says through it against the
+CPU's, its bytes, and the time of a step beside the plain cache's. Writes results/<device>.json; a
+run that does not fit or fails is a result too.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import blocks
 import torch
 import transformers
 from torch import nn
@@ -241,13 +243,20 @@ def main() -> None:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "exactness": exactness(),
+        "exactness": exactness() | blocks.exactness(DEVICE),
         "rows": [],
     }
     result["context"] = context("tiny" if arguments.smoke else "1B", 600, 8)
     print(f"context {json.dumps(result['context'])}")
     for check, same in result["exactness"].items():
         print(f"{'equal' if same else 'DIFFERS':8} {check}")
+    result["blocks"] = blocks.jobs(DEVICE, smoke=arguments.smoke)
+    for arm, row in result["blocks"].items():
+        share = row["bytes"] / result["blocks"]["end to end"]["bytes"]
+        print(
+            f"DiT   {arm:38} {row['bytes'] / 2**30:7.2f} GiB  of end to end {share:.2f}  "
+            f"{row['seconds']:9.3f} s a step"
+        )
     sizes = [("tiny", 2, 64, 3)] if arguments.smoke else [("1B", 4, 4096, 8), ("8B", 1, 4096, 6)]
     for size, rows, length, steps in sizes:
         for arm in arms(1):
