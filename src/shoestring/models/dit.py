@@ -52,8 +52,13 @@ class Block(nn.Module):
         turns = self.turns(x)
         for layer in self.layers:
             x = layer(x, condition, turns)
+        return self.finish(x, condition)
+
+    def finish(self, x: Tensor, condition: Tensor) -> Tensor:
+        """What the layers gave (N, T, D) to what the head gives, (N, T, out)."""
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.head(self.norm(x) * (1 + scale) + shift)
+        out: Tensor = self.head(self.norm(x) * (1 + scale) + shift)
+        return out
 
     def turns(self, x: Tensor) -> Turns | None:
         """Rotary positions of the rows, where they have any."""
@@ -176,9 +181,14 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        kind = AnswerBlock if config.answers else ImageBlock if config.size else TokenBlock
-        self.blocks = nn.ModuleList([kind(config) for _ in range(config.blocks)])
+        self.blocks = nn.ModuleList([self.one(config) for _ in range(config.blocks)])
         self.register_buffer("table", None, persistent=True)
+
+    @staticmethod
+    def one(config: DiTConfig) -> Block:
+        """A block of what the shape is for."""
+        kind = AnswerBlock if config.answers else ImageBlock if config.size else TokenBlock
+        return kind(config)
 
     @classmethod
     def make(
