@@ -116,7 +116,7 @@ class CausalBlock(Block):
     def read(self, x: Tensor) -> Kept:
         """What is kept of clean rows (N, T, D), the first ones of a text."""
         turns, condition = self._turns(0, x.shape[1], x.device), self._clean(x)
-        entry, kept = x, []
+        entry, kept = x, list[KeysValues]()
         for number, layer in enumerate(self.layers):
             entry = x if number == self.prelude else entry
             assert isinstance(layer, Layer)
@@ -130,7 +130,7 @@ class CausalBlock(Block):
         first = before.count if before else 0
         turns, condition = self._turns(first, first + x.shape[1], x.device), self._clean(x)
         past = before.layers if before else itertools.repeat(None)
-        entry, kept = x, []
+        entry, kept = x, list[KeysValues]()
         for number, (layer, seen) in enumerate(zip(self.layers, past, strict=False)):
             entry = x if number == self.prelude else entry
             x = layer(x, condition, turns, _keeping(seen, kept))

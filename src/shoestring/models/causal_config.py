@@ -10,8 +10,8 @@ from .dit_config import DiTConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CausalConfig(DiTConfig):
-    """Shape of a `Causal`: `vocabulary` and `length` are those of its texts. ConfigError for images,
-    for several blocks that are recurrent, and for ends that leave no core."""
+    """Shape of a `Causal`, of texts of `length` tokens. ConfigError for images, for several blocks
+    that are recurrent, and for ends that leave no core."""
 
     prelude: int = 0
     """Recurrent: of the layers, those that read a text once. 0 = a block that is not recurrent."""

@@ -30,6 +30,9 @@ from ..ops import preconditioning as ops
 from ..ops.chunked_loss import linear_cross_entropy
 from ..ops.noise_levels import LogNormal, Partition
 
+OWN_BITS = "next-token bits per byte"
+"""What a receipt calls the likelihood of a block's own next-token predictions."""
+
 # N texts, T tokens, V vocabulary, W width of the table
 
 
@@ -54,8 +57,8 @@ class Net(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenDenoising:
-    """How tokens are noised. top_share: of block 1's draws, at the highest level. mixed_every: which
-    updates are of the ordinary loss; 0 = none. ConfigError for levels that are no sigma."""
+    """How tokens are noised. top_share: of block 1's draws, at the highest level. mixed_every:
+    which updates are of the ordinary loss; 0 = none. ConfigError for levels that are no sigma."""
 
     partition: Partition
     top_share: float = 0.0
@@ -68,10 +71,9 @@ class TokenDenoising:
                 expected="levels of kind sigma",
             )
 
-    def draw(
-        self, block: int, count: int, length: int, width: int, generator: torch.Generator
-    ) -> Draw:
+    def draw(self, block: int, tokens_NT: Tensor, width: int, generator: torch.Generator) -> Draw:
         """What one step of a block needs beside the tokens."""
+        count, length = tokens_NT.shape
         level = self.partition.sample(block, count, generator, even=True)
         at_top = torch.rand(count, generator=generator) < self.top_share
         if block == 1:
@@ -130,13 +132,13 @@ def _mean_loss(hidden_NTW: Tensor, tokens_NT: Tensor, table_VW: Tensor) -> Tenso
 # ---- twins and controls ------------------------------------------------------------------------
 
 
-def loss_ref(
-    logits_NTV: Tensor, tokens_NT: Tensor
-) -> Tensor:  # fmt: skip
+def loss_ref(logits_NTV: Tensor, tokens_NT: Tensor) -> Tensor:
     """Twin of the mean loss for logits at hand: term by term, float64."""
     logs = logits_NTV.double().log_softmax(dim=-1)
     terms = [
-        -logs[n, t, token] for n, row in enumerate(tokens_NT.tolist()) for t, token in enumerate(row)
+        -logs[n, t, token]
+        for n, row in enumerate(tokens_NT.tolist())
+        for t, token in enumerate(row)
     ]
     return torch.stack(terms).mean()
 
@@ -159,7 +161,7 @@ def of_z_alone_ref(z: Tensor, level_N: Tensor, table_VW: Tensor) -> Tensor:
 
 
 def posterior_ref(logits: Tensor, z: Tensor, level_N: Tensor, table_VW: Tensor) -> Tensor:
-    """The same for one who foresees tokens with these logits (N, ..., V) and is shown z; float64."""
+    """The same for one who foresees tokens with logits (N, ..., V) and is shown z; float64."""
     prior = logits.double().log_softmax(dim=-1)
     return (prior + _told_by(z, level_N, table_VW)).log_softmax(dim=-1)
 

@@ -287,6 +287,10 @@ def task_of(config: BlockwiseConfig) -> Task:
         from .wrapped import WrappedImages
 
         return WrappedImages(config)
+    if config.blockwise.objective == "tokens":
+        from .tokens import Tokens
+
+        return Tokens(config)
     kinds: dict[str, type[Task]] = {"masked": Texts, "labels": Answers}
     return kinds.get(config.blockwise.objective, Images)(config)
 
@@ -307,8 +311,8 @@ def image_shape(config: BlockwiseConfig, data: Pictures) -> dict[str, Any]:
 def parts_of(settings: BlocksConfig) -> Partition:
     """Who owns which noise, from the settings."""
     laws: dict[str, Law] = {}
-    if settings.objective in ("edm", "labels"):
-        laws["edm"] = laws["labels"] = LogNormal(
+    if settings.objective in ("edm", "labels", "tokens"):
+        laws["edm"] = laws["labels"] = laws["tokens"] = LogNormal(
             mean=settings.sigma_mean, std=settings.sigma_std,
             low=settings.sigma_min, high=settings.sigma_max,
         )  # fmt: skip
