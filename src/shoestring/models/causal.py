@@ -65,7 +65,7 @@ class CausalBlock(Block):
     def __init__(self, config: CausalConfig) -> None:
         super().__init__(config, config.row, config.row)
         D = config.width
-        self.prelude = config.prelude
+        self.prelude, self.beside = config.prelude, config.beside
         self.core = config.layers // config.blocks - config.coda
         self.start = nn.Parameter(torch.empty(D))
         self.noised = nn.Linear(config.row, D)
@@ -143,9 +143,11 @@ class CausalBlock(Block):
     ) -> Tensor:
         condition = self.condition(noise_N, None)
         x = self.noised(z_NTW)
+        entry = kept.entry[:, -x.shape[1] :]
         if self.join is not None:
-            entry = kept.entry[:, -x.shape[1] :]
             x = self.join(torch.cat((self.norm(x), entry), dim=2))
+        elif self.beside:
+            x = x + entry
         for layer, seen in list(zip(self.layers, kept.layers, strict=True))[self.prelude :]:
             x = layer(x, condition, turns, _seeing(seen, mask))
         return self._answer(x, condition)

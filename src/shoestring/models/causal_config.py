@@ -13,6 +13,8 @@ class CausalConfig(DiTConfig):
     """Shape of a `Causal`, of texts of `length` tokens. ConfigError for images, for several blocks
     that are recurrent, and for ends that leave no core."""
 
+    beside: bool = True
+    """Noised rows begin with the clean row beside them added, and need not find it first."""
     prelude: int = 0
     """Recurrent: of the layers, those that read a text once. 0 = a block that is not recurrent."""
     coda: int = 0
