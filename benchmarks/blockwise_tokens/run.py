@@ -67,6 +67,7 @@ ARMS: dict[str, tuple[int, int, int, int, int, float, int]] = {
     f"1 + 2 + 1 layers, core {UNROLLED} times, end to end": (4, 1, 1, 1, 1, 0.0, UNROLLED),
     "1 + 2 + 1 layers, once, end to end": (4, 1, 1, 1, 1, 0.0, 0),
     "3 blocks, mixed, none at the top": (6, 3, 0, 0, 2, 0.0, 0),
+    "3 blocks, pure, noised rows alone": (6, 3, 0, 0, 0, 0.3, 0),
 }
 LN2 = math.log(2)
 
@@ -93,7 +94,8 @@ def config_of(arm: str, seed: int, steps: int, rate: float) -> BlockwiseConfig:
         ),
         data=BlockDataConfig(source="stdlib", sequence_length=LENGTH, batch_size=BATCH),
         blockwise=BlocksConfig(
-            blocks=blocks, objective="tokens", mixed_every=mixed, top_share=top
+            blocks=blocks, objective="tokens", mixed_every=mixed, top_share=top,
+            beside="alone" not in arm,
         ),
         optim=OptimConfig(lr=rate),
     )  # fmt: skip
@@ -356,7 +358,7 @@ def level_rows(arms: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
              "plain, shown z": ", plain, shown z"}  # fmt: skip
     rows = []
     for arm, found in arms.items():
-        if ARMS[arm][2] or "none at the top" in arm:
+        if ARMS[arm][2] or "none at the top" in arm or "alone" in arm:
             continue
         for key, words in names.items():
             cells = [spread(found, "at sigma", f"{s:g}", key, digits=2) for s in SIGMAS]

@@ -5,8 +5,10 @@ start); noised row i is the noised table row of token i, which is what it is ask
 sees the clean rows up to its own; noised row i sees the same and itself, and no other noised row
 (`ops/block_masks.py`, shifted). Both rows i have the rotary position i. Clean rows do not depend on
 noise: they have a condition of their own, always the same, and are looked at through their keys and
-values alone. So these are made once, by the same code in training (inside the graph: this is how
-context is learned) and when a text is written, and serve noised rows of any level.
+values. So these are made once, by the same code in training (inside the graph: this is how context
+is learned) and when a text is written, and serve noised rows of any level. With `beside`, noised
+row i begins with the embedding of clean row i, which it sees anyway, added: as it is in the paper,
+its first layer has to ask without knowing even the token before.
 
 As clean row i is followed by token i, its own output is an ordinary next-token prediction, which
 can be trained, too, and needs no noised row.

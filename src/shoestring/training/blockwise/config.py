@@ -138,6 +138,8 @@ class BlocksConfig:
     """edm, flow: share of the labels left out, which guidance needs."""
     top_share: float = 0.0
     """labels, tokens: share of block 1's draws at the highest noise, where an answer begins."""
+    beside: bool = True
+    """tokens: noised rows begin with the clean row beside them, as the paper's do not."""
     mixed_every: int = 2
     """tokens: every so many updates one is of the ordinary next-token loss; 0 = none (pure)."""
     table: str = ""

@@ -43,7 +43,8 @@ class Tokens(Task):
             blocks=settings.blocks, layers=model.num_hidden_layers, width=model.hidden_size,
             heads=model.num_attention_heads, hidden=model.intermediate_size,
             condition=model.condition_size, vocabulary=VOCABULARY, length=data.sequence_length,
-            table_width=self.table.shape[1], prelude=model.prelude_layers, coda=model.coda_layers,
+            table_width=self.table.shape[1], beside=settings.beside,
+            prelude=model.prelude_layers, coda=model.coda_layers,
         )  # fmt: skip
 
     def objective_facts(self) -> dict[str, Any]:
