@@ -23,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,10 @@ def numbers(merged: Merged, arm: str, texts: Tensor, few: Tensor) -> dict[str, A
     assert table is not None
     found: dict[str, Any] = {}
     if iterations:
-        found["by iterations"] = {k: foreseen(lambda t, k=k: net.unrolled(t, table, k), texts, table)
-                                  for k in ITERATIONS}  # fmt: skip
+        found["by iterations"] = {
+            k: foreseen(partial(net.unrolled, table_VW=table, iterations=k), texts, table)
+            for k in ITERATIONS
+        }
         return found
     if plain:
         found["next byte"] = foreseen(lambda t: net.next_tokens(t, table), texts, table)
@@ -222,17 +225,17 @@ def written(merged: Merged, arm: str, *, count: int, smoke: bool) -> dict[str, A
     layers, blocks = ARMS[arm][:2]
     prompts = torch.tensor(list(b"import ")).expand(count, -1)
     length = 8 if smoke else LENGTH - prompts.shape[1]
+    on = partial(write_on, merged, prompts, length)
+    plain = partial(write_plainly, merged, prompts, length)
     ways: dict[str, tuple[Callable[[], Tensor], float]] = {}
     if ARMS[arm][4] != 1:
         calls = blocks + 1
         rows = layers + calls * (layers - ARMS[arm][2]) / blocks
-        ways["chain"] = (lambda: write_on(merged, prompts, length), rows)
-        ways["chain, likeliest first"] = (
-            lambda: write_on(merged, prompts, length, temperature=0.0), rows)  # fmt: skip
+        ways["chain"] = (on, rows)
+        ways["chain, likeliest first"] = (partial(on, temperature=0.0), rows)
     if ARMS[arm][4]:
-        ways["plain"] = (lambda: write_plainly(merged, prompts, length), layers / blocks)
-        ways["plain, likeliest"] = (
-            lambda: write_plainly(merged, prompts, length, temperature=0.0), layers / blocks)  # fmt: skip
+        ways["plain"] = (plain, layers / blocks)
+        ways["plain, likeliest"] = (partial(plain, temperature=0.0), layers / blocks)
     found: dict[str, Any] = {}
     for name, (way, rows) in ways.items():
         started = time.process_time()
@@ -321,7 +324,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     tried = ", ".join(f"{rate}: {bits:.3f}" for rate, bits in result["rates"].items())
     end = (
         f"Width {config['width']}, batches of {config['batch']} texts of {config['bytes']} bytes, "
-        f"{config['steps']} updates of each block; mean and deviation over {config['seeds']} seeds; "
+        f"{config['steps']} updates of a block; mean and deviation over {config['seeds']} seeds; "
         f"learning rate {config['lr']:g} (end to end, a quarter of the steps: {tried}). "
         f"{hardware['device']}, {hardware['threads']} thread; torch {result['versions']['torch']}."
     )
@@ -379,8 +382,8 @@ def writing_rows(arms: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             continue
         for way, one in found[0]["written"].items():
             if "likeliest" not in way:
-                rows.append([arm, way, f"{one['layer_rows_a_byte']:g}",
-                             spread(found, "written", way, "seconds_a_byte", digits=4)])  # fmt: skip
+                seconds = spread(found, "written", way, "seconds_a_byte", digits=4)
+                rows.append([arm, way, f"{one['layer_rows_a_byte']:g}", seconds])
     return ["trained", "written by", "rows of layers a byte", "seconds a byte, 16 texts"], rows
 
 

@@ -62,18 +62,21 @@ def nothing_leaks(config):
             others = [i for i in range(S) if i != j]
             assert torch.equal(before[:, others], after[:, others])
             assert not torch.equal(before[:, j], after[:, j])
-        kept, louder = [], torch.tensor([1.0, 1.0])
-        for at in (noise, louder):
-            real = CausalBlock.read
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    CausalBlock, "read", lambda self, x: kept.append(real(self, x)) or kept[-1]
-                )
-                net(tokens, z, at, TABLE)
-        for one, other in zip(kept[0].layers, kept[1].layers, strict=True):
+        louder = torch.tensor([1.0, 1.0])
+        quiet, loud = (read_at(net, tokens, z, at) for at in (noise, louder))
+        for one, other in zip(quiet.layers, loud.layers, strict=True):
             assert torch.equal(one[0], other[0])
             assert torch.equal(one[1], other[1])
         assert not torch.equal(before, net(tokens, z, louder, TABLE))
+
+
+def read_at(net, tokens, z, noise):
+    """What is kept of the clean rows while noised ones of a level are answered."""
+    kept, read = [], CausalBlock.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CausalBlock, "read", lambda self, x: kept.append(read(self, x)) or kept[-1])
+        net(tokens, z, noise, TABLE)
+    return kept[0]
 
 
 @SHAPES
@@ -202,7 +205,7 @@ def forgetful(self, kept, tokens, table):
 
 def noised_rows_stay(self, kept, z, noise):
     found = ANSWER(self, kept, z, noise)
-    keys, values = kept.layers[-1]
+    keys, _ = kept.layers[-1]
     keys[:, :, -1] += 0.1
     return found
 

@@ -131,7 +131,7 @@ def test_invariant(invariant):
 
 
 def readout_of_z(self, net, tokens, z, level, table):
-    """A readout beside the block that z runs into: an untrained model is right by way of z alone."""
+    """z runs into the readout beside the block: an untrained model is right by way of z alone."""
     return ANSWERS(self, net, tokens, z, level, table) + 50 * z
 
 
