@@ -151,6 +151,8 @@ def table_of(result: dict[str, Any]) -> str:
              "saved for backward", "resident, MiB"]  # fmt: skip
     lines = []
     for kind, rows in result["rows"].items():
+        if not rows:
+            continue
         lines += [f"| {' | '.join([kind, *heads[1:]])} |", "|---" * len(heads) + "|"]
         whole = rows["end to end"]["peak_bytes"]
         for arm, row in rows.items():
