@@ -33,7 +33,8 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
     place = merge([Path(each) for each in arguments.directories], into)
     facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
     bits, own = bound_of(facts), own_bits_of(facts)
-    terminal.emit({"model": str(place), "bits_per_byte": bits, "block_1_bits_per_byte": own})
+    told = {"model": str(place), "bits_per_byte": bits}
+    terminal.emit(told if own is None else {**told, "block_1_bits_per_byte": own})
     terminal.say(f"the model is in {place}")
     if bits is not None:
         terminal.say(f"held-out text: {bits:.4f} bits per byte, the sum of the blocks' parts")

@@ -75,7 +75,7 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
     return 0
 
 
-KINDS = {"masked": "texts unmasked", "tokens": "texts from left to right"}
+KINDS = {"masked": "texts", "tokens": "texts from left to right"}
 """What a model draws, by its objective; all others draw images."""
 FLAGS = {
     "images": ("labels", "guidance", "to"),

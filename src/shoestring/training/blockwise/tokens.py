@@ -85,22 +85,23 @@ class Tokens(Task):
         texts, and of one who sees z alone. Of block 1 also at the highest level, where z says
         nothing. In bits a byte, what the block foresees by itself, which is a likelihood."""
         assert isinstance(net, CausalBlock)
-        plain = TokenDenoising(partition=self.parts)
-        sums: dict[str, float] = {}
-        texts = self._held_out_texts()
-        for number, tokens in enumerate(texts.split(self.config.data.batch_size)):
+        plain, found = TokenDenoising(partition=self.parts), dict[str, list[Tensor]]()
+
+        def note(name: str, values: Tensor) -> None:
+            found.setdefault(name, []).append(values.flatten().double())
+
+        for number, tokens in enumerate(self._held_out_texts().split(self.config.data.batch_size)):
             generator = generator_of(0, 0, block, number)
             draw = plain.draw(block, tokens, self.table.shape[1], generator)
-            for name, value in losses_of(plain, net, tokens, draw, self.table).items():
-                sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+            for name, values in losses_of(plain, net, tokens, draw, self.table).items():
+                note(name, values)
             if block == 1:
                 top = ops.Draw(torch.full_like(draw.level, self.parts.law.high), draw.noise)
-                value = losses_of(plain, net, tokens, top, self.table)["loss"]
-                sums["loss at the top"] = sums.get("loss at the top", 0.0) + float(value.sum())
+                note("loss at the top", losses_of(plain, net, tokens, top, self.table)["loss"])
             if self.objective.mixed_every:
-                found = ops.nats(net.next_tokens(tokens, self.table), tokens, self.table)
-                sums[OWN_BITS] = sums.get(OWN_BITS, 0.0) + float(found.sum()) / math.log(2)
-        return {name: total / texts.numel() for name, total in sums.items()}
+                foreseen = ops.nats(net.next_tokens(tokens, self.table), tokens, self.table)
+                note(OWN_BITS, foreseen / math.log(2))
+        return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
     def _held_out_texts(self) -> Tensor:
         length = self.config.data.sequence_length
