@@ -300,6 +300,36 @@ def test_a_block_runs_its_own_layers_only():
         assert torch.equal(before, model.block(2)(tokens, z, noise, TABLE))
 
 
+def saved_by(blocks):
+    """Bytes that autograd keeps of one step: of the whole on S rows, of a block on 2 S."""
+    config = CausalConfig(
+        blocks=blocks, layers=12, width=32, heads=2, vocabulary=V, length=S, condition=16
+    )
+    net, (tokens, z, noise) = Causal.make(config, seed=0, only=1, table=TABLE).block(1), batch()
+    weights = {p.untyped_storage().data_ptr() for p in (*net.parameters(), TABLE)}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = (
+            net.next_tokens(tokens, TABLE) if blocks == 1 else net(tokens, z, noise, TABLE)
+        )  # fmt: skip
+        ops.nats(hidden, tokens, TABLE)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 4])
+def test_activations_of_a_block_are_nearly_twice_its_share(blocks):
+    """Invariant 16, as it is: 2 S rows, but of the last layer keys and values of S of them."""
+    ratio = saved_by(blocks) / saved_by(1)
+    assert 1.7 / blocks < ratio < 2.02 / blocks
+
+
 def test_recurrent_depth_reads_the_text_once_and_runs_the_rest_again():
     model, (tokens, z, noise) = made(RECURRENT), batch(RECURRENT)
     net = model.block(1)
