@@ -32,7 +32,7 @@ from torch import Tensor
 
 from shoestring.models.causal import CausalBlock
 from shoestring.objectives import token_denoising as ops
-from shoestring.objectives.token_denoising import TokenDenoising
+from shoestring.objectives.token_denoising import OWN_BITS, TokenDenoising
 from shoestring.ops.preconditioning import euler_step
 from shoestring.training.blockwise.config import (
     BlockDataConfig,
@@ -70,6 +70,8 @@ ARMS: dict[str, tuple[int, int, int, int, int, float, int]] = {
     "3 blocks, mixed, none at the top": (6, 3, 0, 0, 2, 0.0, 0),
     "3 blocks, pure, noised rows alone": (6, 3, 0, 0, 0, 0.3, 0),
 }
+FIRST_ONLY = ("3 blocks, mixed, none at the top", "3 blocks, pure, noised rows alone")
+"""Arms of which block 1 alone is trained: what they change is how a byte begins."""
 LN2 = math.log(2)
 
 
@@ -102,15 +104,19 @@ def config_of(arm: str, seed: int, steps: int, rate: float) -> BlockwiseConfig:
     )  # fmt: skip
 
 
-def trained(arm: str, config: BlockwiseConfig) -> tuple[Merged, Tokens, dict[str, Any]]:
+def trained(arm: str, config: BlockwiseConfig) -> tuple[Merged | None, Tokens, dict[str, Any]]:
+    """(The model, or None where not all of it was trained, its task, facts.)"""
     task = (Unrolled if ARMS[arm][-1] else Tokens)(config)
-    blocks = range(1, config.blockwise.blocks + 1)
+    blocks = range(1, 2 if arm in FIRST_ONLY else config.blockwise.blocks + 1)
     receipts = [train_block(config, block, task=task).receipt for block in blocks]
     facts = {
         "parameters_of_a_job": receipts[0]["parameters"],
         "seconds": sum(each["seconds"] for each in receipts),
         "peak_of_a_job": receipts[0]["peak"]["bytes"] if receipts[0]["peak"] else None,
+        "block 1": receipts[0]["held_out"],
     }
+    if arm in FIRST_ONLY:
+        return None, task, facts
     return load_merged(merge([config.run.directory])), task, facts
 
 
@@ -255,12 +261,15 @@ def rates(steps: int, texts: int) -> dict[str, float]:
     for rate in RATES:
         config = config_of(WHOLE, 100, steps, rate)
         merged, task, _ = trained(WHOLE, config)
+        assert merged is not None
         found[f"{rate:g}"] = next_token_bits(merged, texts_of(task, texts))
         print("rate", rate, found[f"{rate:g}"], flush=True)
     return found
 
 
-def measure(*, steps: int, seeds: int, smoke: bool, path: Path | None) -> dict[str, Any]:
+def measure(
+    *, steps: int, seeds: int, smoke: bool, path: Path | None, arms: list[str]
+) -> dict[str, Any]:
     texts, few = (16, 8) if smoke else (256, 64)
     if path is not None and path.is_file():
         result = json.loads(path.read_text())
@@ -275,7 +284,7 @@ def measure(*, steps: int, seeds: int, smoke: bool, path: Path | None) -> dict[s
             "rates": tried,
             "arms": {},
         }  # fmt: skip
-    for arm in ARMS:
+    for arm in arms:
         rows = result["arms"].setdefault(arm, [])
         for seed in range(seeds):
             if any(row["seed"] == seed for row in rows):
@@ -283,8 +292,10 @@ def measure(*, steps: int, seeds: int, smoke: bool, path: Path | None) -> dict[s
             config = config_of(arm, seed, steps, result["config"]["lr"])
             merged, task, facts = trained(arm, config)
             held_out = texts_of(task, texts)
-            row = {"seed": seed, **facts, **numbers(merged, arm, held_out, held_out[:few])}
-            if not ARMS[arm][-1]:
+            row = {"seed": seed, **facts}
+            if merged is not None:
+                row |= numbers(merged, arm, held_out, held_out[:few])
+            if merged is not None and not ARMS[arm][-1]:
                 row["written"] = written(merged, arm, count=16, smoke=smoke)
             rows.append(json.loads(json.dumps(row)))
             print(arm, json.dumps(row), flush=True)
@@ -320,34 +331,35 @@ def lines_of(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
-    arms = {name: rows for name, rows in result["arms"].items() if rows}
+    arms = {name: result["arms"][name] for name in ARMS if result["arms"].get(name)}
     config, hardware = result["config"], result["hardware"]
     tried = ", ".join(f"{rate}: {bits:.3f}" for rate, bits in result["rates"].items())
     end = (
         f"Width {config['width']}, batches of {config['batch']} texts of {config['bytes']} bytes, "
-        f"{config['steps']} updates of a block; mean and deviation over {config['seeds']} seeds; "
+        f"{config['steps']} updates of a block; mean and deviation over seeds; "
         f"learning rate {config['lr']:g} (end to end, a quarter of the steps: {tried}). "
         f"{hardware['device']}, {hardware['threads']} thread; torch {result['versions']['torch']}."
     )
     made = {
         "bits": lines_of(*bits_rows(arms)), "levels": lines_of(*level_rows(arms)),
-        "writing": lines_of(*writing_rows(arms)), "recurrent": lines_of(*recurrent_rows(arms)),
+        "first": lines_of(*first_rows(arms)), "writing": lines_of(*writing_rows(arms)),
+        "recurrent": lines_of(*recurrent_rows(arms)),
     }  # fmt: skip
     return {name: "\n".join([*lines, "", end]) + "\n" for name, lines in made.items()}
 
 
 def bits_rows(arms: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    heads = ["trained", "parameters in training", "bits a byte, plain, block 1",
+    heads = ["trained", "seeds", "parameters in training", "bits a byte, plain, block 1",
              "mean of blocks", "noised row at the top", "right: likeliest, plain", "drawn, plain",
              "one noised row at the top", "one chain of 4 calls", "of 16",
              "mean of 8 of 4"]  # fmt: skip
     rows = []
     for name, found in arms.items():
-        if ARMS[name][-1] or ARMS[name][2]:
+        if ARMS[name][2] or name in FIRST_ONLY:
             continue
         blocks = ARMS[name][1]
         rows.append([
-            name, f"{found[0]['parameters_of_a_job']:,}",
+            name, str(len(found)), f"{found[0]['parameters_of_a_job']:,}",
             spread(found, "next byte", "bits"),
             spread(found, "next byte, mean of blocks") if blocks > 1 else "",
             spread(found, "at sigma", "80", "loss"), spread(found, "next byte", "right"),
@@ -364,7 +376,7 @@ def level_rows(arms: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
              "plain, shown z": ", plain, shown z"}  # fmt: skip
     rows = []
     for arm, found in arms.items():
-        if ARMS[arm][2] or "none at the top" in arm or "alone" in arm:
+        if ARMS[arm][2] or arm in FIRST_ONLY:
             continue
         for key, words in names.items():
             cells = [spread(found, "at sigma", f"{s:g}", key, digits=2) for s in SIGMAS]
@@ -376,6 +388,18 @@ def level_rows(arms: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells = [spread(known, "at sigma", f"{s:g}", key, digits=2) for s in SIGMAS]
         rows.append(["z alone", *cells])
     return heads, rows
+
+
+def first_rows(arms: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Of block 1, by its receipt."""
+    names = {"loss": "nats a byte over its levels", "loss with other texts before": "other texts "
+             "before", "loss at the top": "at the top", OWN_BITS: "bits a byte, plain"}  # fmt: skip
+    rows = [
+        [arm, str(len(found)), *(spread(found, "block 1", key) for key in names)]
+        for arm, found in arms.items()
+        if ARMS[arm][1] > 1 and "block 1" in found[0]
+    ]
+    return ["block 1 of", "seeds", *names.values()], rows
 
 
 def writing_rows(arms: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -391,12 +415,12 @@ def writing_rows(arms: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def recurrent_rows(arms: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    heads = ["trained", "what", *(f"K = {k}" for k in ITERATIONS)]
+    heads = ["trained", "seeds", "what", *(f"K = {k}" for k in ITERATIONS)]
     rows = []
     for arm, found in arms.items():
         if not ARMS[arm][2]:
             continue
-        first = [arm]
+        first = [arm, str(len(found))]
         if ARMS[arm][-1]:
             for key, words in (("bits", "bits a byte"), ("right", "right")):
                 cells = [spread(found, "by iterations", f"{k}", key) for k in ITERATIONS]
@@ -421,16 +445,18 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="the tables of what is stored, anew")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--arm", choices=ARMS, action="append", help="these arms only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path = RESULTS / "tokens.json"
     if arguments.tables:
         write(path, json.loads(path.read_text()))
     elif arguments.smoke:
-        result = measure(steps=2, seeds=1, smoke=True, path=None)
+        result = measure(steps=2, seeds=1, smoke=True, path=None, arms=list(ARMS))
         print("\n".join(tables(result).values()))
     else:
-        measure(steps=arguments.steps, seeds=arguments.seeds, smoke=False, path=path)
+        wanted = arguments.arm or list(ARMS)
+        measure(steps=arguments.steps, seeds=arguments.seeds, smoke=False, path=path, arms=wanted)
 
 
 if __name__ == "__main__":
