@@ -124,6 +124,14 @@ def test_kinds_of_updates_are_told_by_what_they_move(tokens, mixed_every):
     ) is (mixed_every > 0)  # fmt: skip
 
 
+def test_plain_blocks_have_no_chain_and_no_losses_of_noised_rows(tokens):
+    model, _ = learned(changed(tokens, blockwise={"mixed_every": 1}), 2)
+    assert list(model.facts["blocks"][0]["held_out"]) == [OWN_BITS]
+    with pytest.raises(ConfigError, match=r"next byte alone.*mixed_every of 0, or of 2.*--block"):
+        write_on(model, bytes_of("a"), 1)
+    assert write_plainly(model, bytes_of("a"), 2).shape == (1, 2)
+
+
 def test_every_part_of_a_block_learns(tokens):
     every_part_of_a_block_learns(tokens)
 

@@ -119,8 +119,15 @@ class Chain:
 
     @classmethod
     def of(cls, merged: Merged, *, steps: int | None = None, first: float | None = None) -> "Chain":
-        """The chain of a merged model. ConfigError for levels that there are not."""
-        model, _ = _causal(merged)
+        """The chain of a merged model. ConfigError for levels that there are not, and where no
+        noised row was trained."""
+        model, objective = _causal(merged)
+        if objective.mixed_every == 1:
+            raise ConfigError(
+                "blocks trained on the next byte alone were asked for their chain",
+                expected="blockwise.mixed_every of 0, or of 2 or more",
+                hint="decoding.write_plainly writes with one of them; sample has --block.",
+            )
         parts = merged.partition
         start = parts.law.high if first is None else first
         owners = parts.route(torch.tensor([start], dtype=torch.float64))

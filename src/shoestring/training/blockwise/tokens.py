@@ -91,6 +91,11 @@ class Tokens(Task):
             found.setdefault(name, []).append(values.flatten().double())
 
         for number, tokens in enumerate(self._held_out_texts().split(self.config.data.batch_size)):
+            if self.objective.mixed_every:
+                foreseen = ops.nats(net.next_tokens(tokens, self.table), tokens, self.table)
+                note(OWN_BITS, foreseen / math.log(2))
+            if self.objective.mixed_every == 1:
+                continue  # no noised row was ever trained
             generator = generator_of(0, 0, block, number)
             draw = plain.draw(block, tokens, self.table.shape[1], generator)
             for name, values in losses_of(plain, net, tokens, draw, self.table).items():
@@ -98,9 +103,6 @@ class Tokens(Task):
             if block == 1:
                 top = ops.Draw(torch.full_like(draw.level, self.parts.law.high), draw.noise)
                 note("loss at the top", losses_of(plain, net, tokens, top, self.table)["loss"])
-            if self.objective.mixed_every:
-                foreseen = ops.nats(net.next_tokens(tokens, self.table), tokens, self.table)
-                note(OWN_BITS, foreseen / math.log(2))
         return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
     def _held_out_texts(self) -> Tensor:
