@@ -141,8 +141,8 @@ class BlocksConfig:
     beside: bool = True
     """tokens: noised rows begin with the clean row beside them, as the paper's do not."""
     mixed_every: int = 2
-    """tokens: every so many updates one is of the ordinary next-token loss; 0 = none (pure), 1 = all
-    (plain blocks, without a chain)."""
+    """tokens: every so many updates one is of the ordinary next-token loss; 0 = none (pure), 1 =
+    all (plain blocks, without a chain)."""
     table: str = ""
     """masked, labels, tokens: a safetensors file with the frozen `table` of unit rows (256 or
     classes, W); empty = one drawn from run.seed."""
