@@ -30,8 +30,9 @@ def shown(result: Mapping[str, Any]) -> Shown:
             cells = [f"{part}: {name}", f"{peak.mean:.2f}" if peak else ""]
             for key in ("score", "distance"):
                 mean, ratio = rows.get(part, name, key), rows.ratio(part, name, key)
-                is_there = any((m.part, m.key) == (part, key) for m in MEASURES) and mean and ratio
-                cells += [f"{mean.mean:.4g}", f"{ratio.mean:.3f}"] if is_there else ["", ""]
+                is_there = any((m.part, m.key) == (part, key) for m in MEASURES)
+                cells += [f"{mean.mean:.4g}" if mean and is_there else "",
+                          f"{ratio.mean:.3f}" if ratio and is_there else ""]  # fmt: skip
             found.append(cells)
     for part, why in result.get("left_out", {}).items():
         found.append([f"{part} was left out", why, *[""] * 4])

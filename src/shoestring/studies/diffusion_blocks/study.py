@@ -137,6 +137,7 @@ def _look(setting: Setting, size: Size) -> dict[str, Any]:
     images = setting.images
     assert images is not None
     assert images.train_labels is not None
+    assert images.held_labels is not None
     eyes = trained_eyes(images.train, images.train_labels, epochs=size.epochs)
     setting.eyes, setting.real = eyes, seen(eyes, images.held)
     right = (setting.real.classes == images.held_labels).double().mean()
