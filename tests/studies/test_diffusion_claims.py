@@ -7,6 +7,7 @@ from shoestring.studies.diffusion_blocks.size import (
     ENDS,
     GREEDY,
     LOG,
+    LONG,
     RECOMPUTED,
     SHALLOW,
     TOTAL,
@@ -78,7 +79,7 @@ def test_the_best_number_of_blocks(one, two, three, four, verdict):
 
 @pytest.mark.parametrize(
     ("word", "others"),
-    [("edges", (UNIFORM, LOG)), ("layers of one", (SHALLOW,)), ("greedy", (GREEDY,))],
+    [("edges", (UNIFORM, LOG)), ("layers of one", (SHALLOW, LONG)), ("greedy", (GREEDY,))],
 )
 def test_better_is_lower_in_every_seed(word, others):
     ours = arm("3 blocks", [1.0, 2.0, 3.0])

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..verdict import HELD, NOT, ONLY, UNKNOWN, Spread, Verdict, of_all
 from .rows import MEASURES, Rows
-from .size import COUNTS, ENDS, GREEDY, LOG, RECOMPUTED, SHALLOW, TOTAL, UNIFORM
+from .size import COUNTS, ENDS, GREEDY, LOG, LONG, RECOMPUTED, SHALLOW, TOTAL, UNIFORM
 
 __all__ = ["HELD", "NOT", "ONLY", "UNKNOWN", "Bar", "bars", "verdicts", "wrong_tool"]
 
@@ -85,7 +85,7 @@ def _edges(rows: Rows) -> Verdict:
 
 def _shallow(rows: Rows) -> Verdict:
     return _ahead(
-        rows, THREE, (SHALLOW,), "Blocks beat the network with the layers of one of them.",
+        rows, THREE, (SHALLOW, LONG), "Blocks beat the network with the layers of one of them.",
         "the control the paper leaves out: it needs the memory of one block, and no second one",
     )  # fmt: skip
 
@@ -93,7 +93,7 @@ def _shallow(rows: Rows) -> Verdict:
 def _greedy(rows: Rows) -> Verdict:
     return _ahead(
         rows, THREE, (GREEDY,), "Blocks beat greedy local losses.",
-        f"{PAPER}, section 6, by argument; arXiv 2101.10832",
+        "the rival of the literature, arXiv 1812.11446 and 2101.10832",
     )  # fmt: skip
 
 

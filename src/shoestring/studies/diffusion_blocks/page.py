@@ -18,14 +18,14 @@ from ..verdict import Spread
 from . import scores
 from .claims import bars, verdicts, wrong_tool
 from .rows import MEASURES, Measure, Rows
-from .size import COUNTS, ENDS, GREEDY, RECOMPUTED, SHALLOW, TOTAL
+from .size import COUNTS, ENDS, GREEDY, LONG, RECOMPUTED, SHALLOW, TOTAL
 
 MIB = 1 << 20
 COLOURS = {
-    ENDS: "--s0", SHALLOW: "--s1", RECOMPUTED: "--s2", "2 blocks": "--s3", "3 blocks": "--s4",
+    ENDS: "--s0", SHALLOW: "--s1", LONG: "--ink", RECOMPUTED: "--s2", "2 blocks": "--s3", "3 blocks": "--s4",
     "4 blocks": "--s5", GREEDY: "--s6", TOTAL: "--s7",
 }  # fmt: skip
-_LINES = (ENDS, SHALLOW, *(f"{count} blocks" for count in COUNTS), GREEDY)
+_LINES = (ENDS, SHALLOW, LONG, *(f"{count} blocks" for count in COUNTS), GREEDY)
 _TITLES = {"digits": "Digits", "text": "Text", "photographs": "Patches of photographs"}
 
 
@@ -291,6 +291,7 @@ def _left_out(result: Mapping[str, Any]) -> list[Html]:
 
 
 def _table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> Html:
-    return tag("table", tag("tr", *(tag("th", head) for head in heads)), *(
-        tag("tr", *(tag("td", cell) for cell in row)) for row in cells
+    apart = "padding:0.15em 1em 0.15em 0;vertical-align:top;text-align:left"
+    return tag("table", tag("tr", *(tag("th", head, style=apart) for head in heads)), *(
+        tag("tr", *(tag("td", cell, style=apart) for cell in row)) for row in cells
     ))  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Literal
 Part = Literal["digits", "text", "photographs"]
 PARTS: tuple[Part, ...] = ("digits", "text", "photographs")
 ENDS, SHALLOW = "end to end", "end to end, a third of the layers"
+LONG = "end to end, a third of the layers, three times as long"
 RECOMPUTED, GREEDY = "end to end, recomputed", "greedy, 3 runs of layers"
 TOTAL = "3 blocks, equal total"
 UNIFORM, LOG = "3 blocks, even in sigma", "3 blocks, even in log sigma"
@@ -28,13 +29,13 @@ class Arm:
 
 ARMS = {
     each.name: each for each in (
-        Arm(ENDS), Arm(SHALLOW, depth=3), Arm(RECOMPUTED, kind="recomputed"),
+        Arm(ENDS), Arm(SHALLOW, depth=3), Arm(LONG, depth=3, share=3.0), Arm(RECOMPUTED, kind="recomputed"),
         *(Arm(f"{count} blocks", count) for count in COUNTS),
         Arm(TOTAL, 3, share=1 / 3), Arm(UNIFORM, 3, spacing="uniform"),
         Arm(LOG, 3, spacing="log"), Arm(GREEDY, 3, kind="greedy"),
     )
 }  # fmt: skip
-_FEW = (ENDS, SHALLOW, "3 blocks", UNIFORM)
+_FEW = (ENDS, SHALLOW, LONG, "3 blocks", UNIFORM)
 _NO_SIGMA = tuple(name for name in ARMS if name not in (UNIFORM, LOG))
 
 

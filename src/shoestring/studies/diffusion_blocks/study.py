@@ -59,7 +59,7 @@ def run_study(
         settings, left_out = _settings(directory, size, digits)
         fresh: dict[str, Any] = {
             "study": "diffusion-blocks", "format": _FORMAT,
-            "size": json.loads(json.dumps(asdict(size))), "versions": versions(_PACKAGES),
+            "size": _settled(size), "versions": versions(_PACKAGES),
             "data": {part: each.facts["data"] for part, each in settings.items()},
             "hardware": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(), "left_out": left_out, "rows": [],
@@ -76,6 +76,12 @@ def run_study(
                     _arm(directory, result, setting, ARMS[name], size, seed, told)
         write(directory, result)
     return result
+
+
+def _settled(size: Size) -> dict[str, Any]:
+    """What rows depend on, as plain JSON. Arms and seeds may be added to a study."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(size)))
+    return {key: value for key, value in found.items() if key not in ("arms", "seeds")}
 
 
 def _same_data(directory: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
