@@ -22,8 +22,8 @@ from .size import COUNTS, ENDS, GREEDY, LONG, RECOMPUTED, SHALLOW, TOTAL
 
 MIB = 1 << 20
 COLOURS = {
-    ENDS: "--s0", SHALLOW: "--s1", LONG: "--ink", RECOMPUTED: "--s2", "2 blocks": "--s3", "3 blocks": "--s4",
-    "4 blocks": "--s5", GREEDY: "--s6", TOTAL: "--s7",
+    ENDS: "--s0", SHALLOW: "--s1", LONG: "--ink", RECOMPUTED: "--s2",
+    "2 blocks": "--s3", "3 blocks": "--s4", "4 blocks": "--s5", GREEDY: "--s6", TOTAL: "--s7",
 }  # fmt: skip
 _LINES = (ENDS, SHALLOW, LONG, *(f"{count} blocks" for count in COUNTS), GREEDY)
 _TITLES = {"digits": "Digits", "text": "Text", "photographs": "Patches of photographs"}

@@ -29,7 +29,8 @@ class Arm:
 
 ARMS = {
     each.name: each for each in (
-        Arm(ENDS), Arm(SHALLOW, depth=3), Arm(LONG, depth=3, share=3.0), Arm(RECOMPUTED, kind="recomputed"),
+        Arm(ENDS), Arm(SHALLOW, depth=3), Arm(LONG, depth=3, share=3.0),
+        Arm(RECOMPUTED, kind="recomputed"),
         *(Arm(f"{count} blocks", count) for count in COUNTS),
         Arm(TOTAL, 3, share=1 / 3), Arm(UNIFORM, 3, spacing="uniform"),
         Arm(LOG, 3, spacing="log"), Arm(GREEDY, 3, kind="greedy"),
