@@ -17,7 +17,7 @@ from ...training.blockwise.png import grid_of, png_of
 from ..verdict import Spread
 from . import scores
 from .claims import bars, verdicts, wrong_tool
-from .rows import MEASURES, Measure, Rows
+from .rows import MEASURES, Measure, Rows, in_order
 from .size import COUNTS, ENDS, GREEDY, LONG, RECOMPUTED, SHALLOW, TOTAL
 
 MIB = 1 << 20
@@ -162,7 +162,7 @@ def sheet(result: Mapping[str, Any]) -> bytes | None:
 
 def _pictures(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """(arm, packed images) of what was drawn, the real ones last."""
-    found = [(row["name"], row["picture"]) for row in result["rows"] if "picture" in row]
+    found = [(row["name"], row["picture"]) for row in in_order(result) if "picture" in row]
     return [*found, ("held out", result["eyes"]["picture"])] if found else []
 
 
@@ -182,7 +182,7 @@ def _digits(result: Mapping[str, Any]) -> list[Html]:
 
 
 def _texts(result: Mapping[str, Any]) -> list[Html]:
-    drawn = [(row["name"], row["drawn"]) for row in result["rows"] if "drawn" in row]
+    drawn = [(row["name"], row["drawn"]) for row in in_order(result) if "drawn" in row]
     if not drawn:
         return []
     shown = [

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..verdict import Spread
-from .size import ENDS, RECOMPUTED
+from .size import ARMS, ENDS, PARTS, RECOMPUTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,21 @@ MEASURES = (
 )
 
 
+def in_order(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """All rows, by part, arm and seed, whichever was run first."""
+    names = list(ARMS)
+    return sorted(
+        result["rows"],
+        key=lambda row: (PARTS.index(row["part"]), names.index(row["name"]), row["seed"]),
+    )
+
+
 class Rows:
     """of: rows by (part, arm) and seed."""
 
     def __init__(self, result: Mapping[str, Any]) -> None:
         self.of: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
-        for row in result["rows"]:
+        for row in in_order(result):
             self.of.setdefault((row["part"], row["name"]), {})[row["seed"]] = row
 
     def parts(self) -> list[str]:

@@ -1,12 +1,13 @@
 """The study of block-wise training: what is run, in which order, and what is kept of it.
 
 A diffusion transformer is trained end to end and in blocks on digits with classes, on the source
-of the standard library as masked diffusion, and on patches of photographs. Rows go by seed: the
-first seed has all arms before the second one begins. The result is written after each of them, so a
-study that was ended goes on where it was; a block that was interrupted is a checkpoint.
+of the standard library as masked diffusion, and on patches of photographs. All seeds of the arms
+that most claims are about come first, then those of the others. The result is written after each,
+so a study that was ended goes on where it was; a block that was interrupted is a checkpoint.
 """
 
 import hashlib
+import itertools
 import json
 import platform
 import shutil
@@ -24,7 +25,7 @@ from ...ops.noise_levels import LogNormal, partition
 from ..stored import RESULT, begun, versions, write
 from . import arms, data, scores
 from .distance import Eyes, Seen, frechet, seen, trained_eyes
-from .size import ARMS, FULL, PARTS, QUICK, TINY, Arm, Part, Size
+from .size import ARMS, FIRST, FULL, PARTS, QUICK, TINY, Arm, Part, Size
 
 __all__ = ["FULL", "QUICK", "RESULT", "TINY", "Size", "run_study"]
 
@@ -70,10 +71,10 @@ def run_study(
         if "digits" in settings:
             result["eyes"] = _look(settings["digits"], size)
         write(directory, result)
-        for seed in size.seeds:
-            for part, setting in settings.items():
-                for name in size.arms[part]:
-                    _arm(directory, result, setting, ARMS[name], size, seed, told)
+        for is_first, seed, part in itertools.product((True, False), size.seeds, settings):
+            for name in size.arms[part]:
+                if (name in FIRST) is is_first:
+                    _arm(directory, result, settings[part], ARMS[name], size, seed, told)
         write(directory, result)
     return result
 
