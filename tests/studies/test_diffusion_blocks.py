@@ -287,7 +287,7 @@ def test_the_verb_runs_the_smallest_form(small, package, tmp_path, monkeypatch):
     )
     assert code == 0
     assert len(lines[0]["result"]["rows"]) == 3
-    assert len(lines[0]["verdicts"]) == 10
+    assert len(lines[0]["verdicts"]) == 11
     assert "digits: 2 blocks" in said
     assert "<svg" in (tmp_path / "study.html").read_text()
 

@@ -79,7 +79,12 @@ def test_the_best_number_of_blocks(one, two, three, four, verdict):
 
 @pytest.mark.parametrize(
     ("word", "others"),
-    [("edges", (UNIFORM, LOG)), ("layers of one", (SHALLOW, LONG)), ("greedy", (GREEDY,))],
+    [
+        ("edges", (UNIFORM, LOG)),
+        ("layers of one", (SHALLOW,)),
+        ("as long as all", (LONG,)),
+        ("greedy", (GREEDY,)),
+    ],
 )
 def test_better_is_lower_in_every_seed(word, others):
     ours = arm("3 blocks", [1.0, 2.0, 3.0])
@@ -156,6 +161,17 @@ def test_bars_are_met_or_missed_and_name_the_arm_that_wins():
     assert {each.best for each in found} == {"3 blocks"}
 
 
+def test_a_front_asks_for_three_seeds_of_every_number_of_blocks():
+    def status(*seeds):
+        rows = [row for count, of in zip((2, 3, 4), seeds, strict=True)
+                for row in arm(f"{count} blocks", [1.0] * of)]  # fmt: skip
+        return [each.status for each in claims.bars({"rows": rows}) if "front" in each.bar]
+
+    assert status(3, 3, 3) == ["met"]
+    assert status(3, 1, 3) == ["missed"]
+    assert status(3, 0, 3) == []
+
+
 def test_where_it_is_the_wrong_tool_is_said_from_the_numbers():
     whole = [{**row, "peak_bytes": 1000} for row in WHOLE]
     rows = [
@@ -170,6 +186,16 @@ def test_where_it_is_the_wrong_tool_is_said_from_the_numbers():
     assert claims.wrong_tool({"rows": better}) == [
         "Nothing that was measured here does better than blocks."
     ]
+
+
+def test_a_shallow_network_that_wins_with_as_much_work_is_named_first():
+    behind, ahead = arm(LONG, [3.0, 4.0, 5.0]), arm(LONG, [5.0, 6.0, 7.0])
+    ours = arm("3 blocks", [3.5, 4.5, 5.5])
+    said = claims.wrong_tool({"rows": [*WHOLE, *ours, *behind]})
+    assert "Where one machine does all the work" in said[0]
+    assert "1.1" in said[0]
+    assert len(said) == 1
+    assert "one machine" not in " ".join(claims.wrong_tool({"rows": [*WHOLE, *ours, *ahead]}))
 
 
 def test_end_to_end_wins_by_name_where_it_does():

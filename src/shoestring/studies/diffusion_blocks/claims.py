@@ -17,6 +17,7 @@ __all__ = ["HELD", "NOT", "ONLY", "UNKNOWN", "Bar", "bars", "verdicts", "wrong_t
 PAPER = "arXiv 2506.14202"
 THREE = "3 blocks"
 SLACK = 1.1  # of a B-th of the memory
+SEEDS = 3
 READ = 0.01  # share by which an answer has to get worse
 
 
@@ -85,8 +86,15 @@ def _edges(rows: Rows) -> Verdict:
 
 def _shallow(rows: Rows) -> Verdict:
     return _ahead(
-        rows, THREE, (SHALLOW, LONG), "Blocks beat the network with the layers of one of them.",
+        rows, THREE, (SHALLOW,), "Blocks beat the network with the layers of one of them.",
         "the control the paper leaves out: it needs the memory of one block, and no second one",
+    )  # fmt: skip
+
+
+def _as_long(rows: Rows) -> Verdict:
+    return _ahead(
+        rows, THREE, (LONG,), "They beat it, too, when it is trained as long as all of them.",
+        "the same memory, the same work and the same calls; no source has it",
     )  # fmt: skip
 
 
@@ -202,8 +210,8 @@ def _front(rows: Rows) -> Verdict:
 
 
 _CLAIMS: Sequence[Callable[[Rows], Verdict]] = (
-    _equal_updates, _equal_total, _counts, _edges, _factor, _shallow, _greedy, _reads, _recompute,
-    _front,
+    _equal_updates, _equal_total, _counts, _edges, _factor, _shallow, _as_long, _greedy, _reads,
+    _recompute, _front,
 )  # fmt: skip
 
 
@@ -243,6 +251,15 @@ def bars(result: Mapping[str, Any]) -> list[Bar]:
                     f"3 blocks: {measure.name}", f"below {other}, every seed", _x(against),
                     _met(against.high < 1), best,
                 ))  # fmt: skip
+    for measure in MEASURES:
+        names = [f"{count} blocks" for count in COUNTS]
+        seeds = [len(rows.values(measure.part, name, measure.key)) for name in names]
+        if all(seeds):
+            found.append(Bar(
+                f"2, 3 and 4 blocks: {measure.name} and peak", "the front, of three seeds",
+                f"{min(seeds)} seed(s)", _met(min(seeds) >= SEEDS),
+                rows.best(measure.part, measure.key, names) or "",
+            ))  # fmt: skip
     return found
 
 
@@ -256,8 +273,24 @@ def _met(is_met: bool) -> str:
 def wrong_tool(result: Mapping[str, Any]) -> list[str]:
     """Sentences made of the numbers: where something else does better, and what."""
     rows = Rows(result)
-    said = [*_work_is_fixed(rows), *_only_activations(rows), *_another_wins(rows), *_unread(rows)]
+    said = [
+        *_one_machine(rows), *_work_is_fixed(rows), *_only_activations(rows),
+        *_another_wins(rows), *_unread(rows),
+    ]  # fmt: skip
     return said or ["Nothing that was measured here does better than blocks."]
+
+
+def _one_machine(rows: Rows) -> list[str]:
+    said = []
+    for measure in MEASURES:
+        ratio = rows.ratio(measure.part, THREE, measure.key, LONG)
+        if ratio and ratio.mean > 1:
+            said.append(
+                "Where one machine does all the work: a network with the layers of one block, "
+                "trained as long as 3 blocks together, needs the same memory and has a third of "
+                f"their weights. The {measure.name} of the blocks is {_x(ratio)} of its."
+            )
+    return said
 
 
 def _work_is_fixed(rows: Rows) -> list[str]:
@@ -292,7 +325,7 @@ def _another_wins(rows: Rows) -> list[str]:
         names = [n for n in rows.names(measure.part) if rows.get(measure.part, n, measure.key)]
         best = rows.best(measure.part, measure.key, names)
         blocks = [name for name in names if name in {f"{count} blocks" for count in COUNTS}]
-        if best and blocks and best not in blocks:
+        if best and blocks and best not in (*blocks, LONG):
             ours = rows.best(measure.part, measure.key, blocks)
             assert ours is not None
             ratio = rows.ratio(measure.part, ours, measure.key, best)

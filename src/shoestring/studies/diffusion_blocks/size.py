@@ -36,7 +36,7 @@ ARMS = {
         Arm(LOG, 3, spacing="log"), Arm(GREEDY, 3, kind="greedy"),
     )
 }  # fmt: skip
-FIRST = (ENDS, SHALLOW, RECOMPUTED, *(f"{count} blocks" for count in COUNTS), UNIFORM)
+FIRST = (ENDS, SHALLOW, LONG, RECOMPUTED, *(f"{count} blocks" for count in COUNTS), UNIFORM)
 """Arms that all seeds have before the others begin: what most claims and the bars are about."""
 _FEW = (ENDS, SHALLOW, LONG, "3 blocks", UNIFORM)
 _NO_SIGMA = tuple(name for name in ARMS if name not in (UNIFORM, LOG))
