@@ -81,7 +81,7 @@ FULL = Size(
 )  # fmt: skip
 QUICK = Size(
     "quick", {"digits": 250, "text": 120, "photographs": 120},
-    {"digits": (ENDS, SHALLOW, RECOMPUTED, "3 blocks", UNIFORM), "text": (ENDS, SHALLOW,
+    {"digits": (ENDS, SHALLOW, LONG, RECOMPUTED, "3 blocks", UNIFORM), "text": (ENDS, SHALLOW,
      "3 blocks"), "photographs": (ENDS, "3 blocks")},
     seeds=(0,), drawn=500, scored=256, epochs=4,
 )  # fmt: skip
