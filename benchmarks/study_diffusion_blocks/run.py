@@ -1,9 +1,9 @@
 """What does training block by block cost and save, against the arms its paper left out?
 
-Runs `shoestring study diffusion-blocks` whole (half an hour on one core) and stores its result, the
-tables made of it, and a sheet of drawn digits. A study that was ended goes on where it was. The
-learning rates were searched for the end-to-end network alone, by the held-out loss of runs of half
-the updates with a seed of their own: `--rates`.
+Runs `shoestring study diffusion-blocks` whole (three quarters of an hour on one core) and stores
+its result, the tables made of it, and a sheet of drawn digits. A study that was ended goes on where
+it was. The learning rates were searched for the end-to-end network alone, by the held-out loss of
+runs of half the updates with a seed of their own: `--rates`.
 
     python benchmarks/study_diffusion_blocks/run.py --digits PACKAGE
         [--smoke | --table | --so-far | --rates]

@@ -56,6 +56,14 @@ def test_a_seed_without_its_pair_is_not_compared():
     assert found.verdict == claims.HELD
 
 
+def test_means_are_over_the_seeds_that_all_arms_have():
+    rows = [arm(ENDS, [4.0, 9.0]), arm("2 blocks", [5.0]), arm("3 blocks", [5.5, 1.0]),
+            arm("4 blocks", [6.0, 1.0])]  # fmt: skip
+    found = judged("2 or 3", *rows)
+    assert "end to end 4.0000, 2 blocks 5.0000" in found.because
+    assert found.verdict == claims.NOT
+
+
 def test_equal_total_is_judged_of_its_own_arm():
     near, far = arm(TOTAL, [4.0, 5.0, 6.1]), arm(TOTAL, [5.0, 6.0, 7.0])
     assert judged("in all", WHOLE, near).verdict == claims.HELD

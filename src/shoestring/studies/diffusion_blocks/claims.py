@@ -60,12 +60,12 @@ def _counts(rows: Rows) -> Verdict:
     cases, good = {}, set()
     names = [ENDS, *(f"{count} blocks" for count in COUNTS)]
     for measure in MEASURES:
-        found = {name: rows.get(measure.part, name, measure.key) for name in names}
-        if not all(found.values()):
+        found = rows.means(measure.part, measure.key, names)
+        if len(found) < len(names):
             continue
         best = rows.best(measure.part, measure.key, names)
         assert best is not None
-        said = ", ".join(f"{name} {spread.mean:.4f}" for name, spread in found.items() if spread)
+        said = ", ".join(f"{name} {mean:.4f}" for name, mean in found.items())
         cases[measure.name] = f"{measure.name}: {said}"
         wins = [rows.is_ahead(measure.part, best, measure.key, of) for of in (ENDS, "4 blocks")]
         if best in ("2 blocks", THREE) and all(wins):
@@ -288,7 +288,7 @@ def _one_machine(rows: Rows) -> list[str]:
             said.append(
                 "Where one machine does all the work: a network with the layers of one block, "
                 "trained as long as 3 blocks together, needs the same memory and has a third of "
-                f"their weights. The {measure.name} of the blocks is {_x(ratio)} of its."
+                f"their weights. The {measure.name} of the blocks: {_x(ratio)} x that network's."
             )
     return said
 

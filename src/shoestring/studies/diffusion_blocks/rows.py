@@ -74,9 +74,20 @@ class Rows:
         ratio = self.ratio(part, name, key, of)
         return None if ratio is None else ratio.high < 1
 
+    def means(self, part: str, key: str, names: Sequence[str]) -> dict[str, float]:
+        """Of the arms that have a number: its mean over the seeds that all of them have."""
+        found = {name: got for name in names if (got := self.values(part, name, key))}
+        common = set.intersection(*(set(got) for got in found.values())) if found else set()
+        if not common:
+            return {}
+        return {
+            name: statistics.fmean(got[seed] for seed in sorted(common))
+            for name, got in found.items()
+        }
+
     def best(self, part: str, key: str, names: Sequence[str]) -> str | None:
         """Of these arms the one with the lowest mean."""
-        means = {name: found.mean for name in names if (found := self.get(part, name, key))}
+        means = self.means(part, key, names)
         return min(means, key=lambda name: means[name]) if means else None
 
 
