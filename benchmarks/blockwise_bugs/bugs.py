@@ -32,6 +32,10 @@ OF_DIT, OF_JOBS = ("models/test_dit.py",), ("training/blockwise/test_jobs.py",)
 OF_MERGING = ("training/blockwise/test_merging.py",)
 OF_ONE = ("training/blockwise/test_one_block_only.py",)
 OF_CHAIN = ("training/blockwise/test_classifying.py",)
+CAUSAL, TOKENS = "models/causal.py", "objectives/token_denoising.py"
+DECODING = "training/blockwise/decoding.py"
+OF_CAUSAL, OF_TOKENS = ("models/test_causal.py",), ("objectives/test_token_denoising.py",)
+OF_DECODING = ("training/blockwise/test_tokens.py",)
 
 BUGS = [
     Bug("the step's sign", "a step that raises the noise, as printed in the paper", SCALES,
@@ -60,6 +64,18 @@ BUGS = [
     Bug("tables of training and sampling", "a longer table between the steps", LABELS,
         "return logits_NV.softmax(dim=1) @ table_VW", "return logits_NV.softmax(dim=1) @ "
         "(3 * table_VW)", (*OF_LABELS, *OF_CHAIN)),
+    Bug("weights of cross-entropies", "EDM's weight on the next token's cross-entropy", TOKENS,
+        "return _mean_loss(hidden, tokens_NT, table_VW)\n\n    def ordinary_loss",
+        "return _mean_loss(hidden, tokens_NT, table_VW) * ops.edm_weight("
+        "draw.level.float(), table_VW.shape[1] ** -0.5).mean()\n\n    def ordinary_loss",
+        OF_TOKENS),
+    Bug("tables of training and sampling", "a shorter table between the steps of a text", TOKENS,
+        "return logits.softmax(dim=-1) @ table_VW", "return logits.softmax(dim=-1) @ table_VW / 2",
+        (*OF_TOKENS, *OF_DECODING)),
+    Bug("all layers at once", "every byte of a text answered by block 1", DECODING,
+        "for place, (level, owner) in enumerate(zip(self.levels, self.owners, strict=True)):",
+        "for place, (level, owner) in enumerate(zip(self.levels, [0] * len(self.levels))):",
+        (*OF_TOKENS, *OF_DECODING)),
     Bug("tables of training and sampling", "the sampler's table turned around", SAMPLING,
         "logits = (net(tokens, masked, noise, table) @ table.T)",
         "logits = (net(tokens, masked, noise, table) @ table.flip(0).T)", OF_MERGING),
@@ -73,6 +89,34 @@ BUGS = [
         "clean = torch.cat((before | same, torch.zeros_like(same)), dim=1)",
         "clean = torch.cat((before | same | same.roll(1, 1), torch.zeros_like(same)), dim=1)",
         OF_MASKS),
+    Bug("masks that leak", "a plain causal mask over clean and noised rows", CAUSAL,
+        "mask = block_masks.block_mask(length, shifted=True, device=z_NTW.device)[length:]",
+        "mask = torch.ones(2 * length, 2 * length, dtype=torch.bool).tril()[length:]",
+        OF_CAUSAL),
+    Bug("the noised row's place", "clean rows that are shown the token they foresee", CAUSAL,
+        "return torch.cat((start, self._embedded(tokens_NT[:, :-1], table_VW)), dim=1)",
+        "return self._embedded(tokens_NT, table_VW)", OF_CAUSAL),
+    Bug("the noised row's place", "noised rows one position on", CAUSAL,
+        "turns = self._turns(kept.count - 1, kept.count, z_NW.device)",
+        "turns = self._turns(kept.count, kept.count + 1, z_NW.device)", OF_CAUSAL),
+    Bug("context that is not learned", "clean rows without a graph", CAUSAL,
+        "return self._denoise(kept, z_NTW, noise_N, self._turns(0, length, z_NTW.device), mask)",
+        "kept = Kept(tuple((k.detach(), v.detach()) for k, v in kept.layers), "
+        "kept.entry.detach())\n        "
+        "return self._denoise(kept, z_NTW, noise_N, self._turns(0, length, z_NTW.device), mask)",
+        (*OF_CAUSAL, *OF_TOKENS)),
+    Bug("context that is not learned", "noised rows that see no clean ones", CAUSAL,
+        "k, v = torch.cat((kept[0], k), dim=2), torch.cat((kept[1], v), dim=2)\n        return",
+        "k, v = torch.cat((kept[0] * 0, k), dim=2), torch.cat((kept[1] * 0, v), dim=2)\n"
+        "        return", (*OF_CAUSAL, *OF_TOKENS)),
+    Bug("scales of clean rows", "clean rows scaled by the noise", CAUSAL,
+        "kept = self.read(self.rows(tokens_NT, table_VW))",
+        "kept = self.read(self.rows(tokens_NT, table_VW) * noise_N[:, None, None].exp())",
+        OF_CAUSAL),
+    Bug("scales of clean rows", "clean rows that hear the noise", CAUSAL,
+        "condition: Tensor = self.condition(torch.full((1,), CLEAN, device=x.device), None)",
+        "condition: Tensor = self.condition(torch.full((1,), self._clean.__hash__() % 7 * 1.0, "
+        "device=x.device) * x.detach().mean(), None)", OF_CAUSAL),
     Bug("levels of a batch", "one level for all samples", LEVELS,
         "u = torch.rand(1 if even else count, generator=generator, **kind)",
         "u = torch.rand(1, generator=generator, **kind).expand(1 if even else count)", OF_LEVELS),
@@ -134,6 +178,8 @@ BUGS = [
         "condition = self.second(F.silu(self.first(waves * 0)))", OF_DIT),
     Bug("numbers that are not had", "bits of a model without a likelihood", SAMPLING,
         'if not isinstance(merged.objective, MaskedDiffusion):', "if False:", OF_MERGING),
+    Bug("numbers that are not had", "next tokens of blocks that were not taught them", DECODING,
+        "if not objective.mixed_every:", "if False:", OF_DECODING),
     Bug("numbers that are not had", "half of the bound told as the whole",
         "training/blockwise/merging.py",
         "return sum(known) if len(known) == len(parts) else None",
