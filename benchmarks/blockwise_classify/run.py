@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from data import write_signals
 from shoestring.models.dit import Block
+from shoestring.training.blockwise.answers import Answers
 from shoestring.training.blockwise.config import (
     BlockDataConfig,
     BlockRunConfig,
@@ -32,7 +33,7 @@ from shoestring.training.blockwise.config import (
 from shoestring.training.blockwise.every import train_every_block
 from shoestring.training.blockwise.merging import load_merged, merge
 from shoestring.training.blockwise.sampling import classify
-from shoestring.training.blockwise.task import Answers, fresh, generator_of
+from shoestring.training.blockwise.task import fresh, generator_of
 from shoestring.training.config import OptimConfig
 from shoestring.training.optimizer import clip_, gradient_norm, optimizer_factory, set_learning_rate
 from shoestring.training.receipt import environment
