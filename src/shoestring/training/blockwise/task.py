@@ -57,6 +57,19 @@ class Task(ABC):
     def loss(self, net: Denoiser, block: int, generator: torch.Generator) -> Tensor:
         """The loss of a microbatch that the generator draws, a scalar with its graph."""
 
+    def stands_on(self, block: int, *, chained: bool) -> str | None:
+        """Open what other blocks left for this one, and name it; None where it needs nothing.
+
+        chained: for updates after `run.steps`. ConfigError where it is not there yet.
+        """
+        return None
+
+    def begin_files(self, directory: Path) -> None:  # noqa: B027
+        """What merging needs of the task beside the table, into the block's folder."""
+
+    def hand_over(self, net: Denoiser, block: int, of: str) -> None:  # noqa: B027
+        """Leave in the finished block's folder what others need of it; `of`: its name."""
+
     @abstractmethod
     def evaluate(self, net: Denoiser, block: int) -> dict[str, float]:
         """Held-out numbers of one block."""
@@ -103,7 +116,7 @@ class Images(Task):
             data.source, data.held_out, latent=bool(config.model.diffusers)
         )
         self.data_digest = self.train.digest
-        self.parts = parts_of(settings)
+        self.parts = parts_of(settings, self.train)
         self.shape = self._shape()
         self.objective = Denoise(
             kind="flow" if settings.objective == "flow" else "edm",
@@ -111,6 +124,7 @@ class Images(Task):
             data_std=settings.data_std,
             label_dropout=settings.label_dropout,
             classes=self.train.classes,
+            top_share=settings.top_share,
         )
 
     def _shape(self) -> DiTConfig | WrappedConfig:
@@ -166,7 +180,7 @@ class Texts(Task):
         self.train, self.held_out = read_letters(data.source, data.held_out, data.sequence_length)
         self.data_digest = self.train.digest
         self.parts = parts_of(settings)
-        self.objective = MaskedDiffusion(partition=self.parts)
+        self.objective = MaskedDiffusion(partition=self.parts, top_share=settings.top_share)
         self.table = (
             read_table(Path(settings.table), VOCABULARY)
             if settings.table
@@ -231,8 +245,10 @@ def image_shape(config: BlockwiseConfig, data: Pictures) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def parts_of(settings: BlocksConfig) -> Partition:
-    """Who owns which noise, from the settings."""
+def parts_of(
+    settings: BlocksConfig, data: Pictures | None = None, table: Tensor | None = None
+) -> Partition:
+    """Who owns which noise, from the settings, and from the data where these say so."""
     laws: dict[str, Law] = {}
     if settings.objective in ("edm", "labels"):
         laws["edm"] = laws["labels"] = LogNormal(
@@ -242,6 +258,11 @@ def parts_of(settings: BlocksConfig) -> Partition:
     laws["flow"] = FlowTime(std=settings.time_std or None)
     laws["masked"] = MaskTime(alpha=settings.alpha)
     law = laws[settings.objective]
+    if settings.spacing == "useful":
+        from .useful import useful_parts
+
+        assert data is not None
+        return useful_parts(law, settings, data, table)
     return partition(law, settings.blocks, spacing=settings.spacing, overlap=settings.overlap)
 
 
