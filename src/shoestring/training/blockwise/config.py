@@ -134,7 +134,7 @@ class BlocksConfig:
     top_blocks: Literal["first", "all"] = "first"
     """labels: whose draws these are, block 1's or each block's."""
     context: str = ""
-    """labels: a merged model of labels with one block (its directory or its run's), whose rows every
+    """labels: a merged model of labels with one block (its directory, or its run), whose rows each
     block reads instead of the image; they are made once, and lie on disk. Empty = none."""
     sequential: bool = False
     """labels: a block reads the rows of the finished block before it, kept on disk, instead of the
