@@ -23,6 +23,7 @@ from ...checkpoint import atomic_directory, verify
 from ...checkpoint.manifest import read_manifest
 from ...checkpoint.tensors import InParts, write_tensors
 from ...errors import CheckpointError
+from ...meter import leave_out
 
 # N images, R rows of one, D their width, K draws, W width of the table
 
@@ -79,7 +80,8 @@ def read_handed(place: Path) -> Handed | None:
 
 
 def mapped(path: Path) -> dict[str, Tensor]:
-    """The float32 tensors of a safetensors file, mapped; what is written to one stays here."""
+    """The float32 tensors of a safetensors file, mapped, and left out of a meter's count; what is
+    written to one stays here."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -94,6 +96,7 @@ def mapped(path: Path) -> dict[str, Tensor]:
             shape=tuple(entry["shape"]),
         )  # fmt: skip
         found[name] = torch.from_numpy(array)
+        leave_out(found[name])
     return found
 
 
