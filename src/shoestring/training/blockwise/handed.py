@@ -96,7 +96,7 @@ def mapped(path: Path) -> dict[str, Tensor]:
             shape=tuple(entry["shape"]),
         )  # fmt: skip
         found[name] = torch.from_numpy(array)
-        leave_out(found[name])
+    leave_out(found.values())
     return found
 
 
