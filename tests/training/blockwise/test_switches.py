@@ -395,6 +395,27 @@ def test_what_is_no_encoder_is_refused(labels, images, encoder, folder):
         merge([config.run.directory])
 
 
+# ---- within a block ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["images", "text", "labels"])
+def test_layers_recomputed_within_a_block_save_memory_and_change_no_bit(request, folder, kind):
+    config = changed(
+        request.getfixturevalue(kind), model={"num_hidden_layers": 12}, data={"batch_size": 16}
+    )
+    saved = {}
+    for within in ("keep", "recompute", "offload"):
+        each = elsewhere(config, folder / within)
+        each = changed(each, blockwise={"within": within, "blocks": 2})
+        done = train_block(each, 2)
+        assert equal(state_of(each, 2), state_of(elsewhere(config, folder / "keep"), 2))
+        saved[within] = done.receipt["peak"]["by_category"]["saved"]
+    assert saved["recompute"] < saved["keep"] / 3
+    merged = elsewhere(config, folder / "offload")
+    train_block(changed(merged, blockwise={"within": "recompute"}), 1)
+    assert load_merged(merge([merged.run.directory])).model.config.layers == 12
+
+
 # ---- what there is not ---------------------------------------------------------------------------
 
 

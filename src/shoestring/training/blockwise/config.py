@@ -144,6 +144,9 @@ class BlocksConfig:
     it; needed in order."""
     chain_rate: float = 0.3
     """Highest learning rate of these, as a share of optim.lr."""
+    within: Literal["keep", "recompute", "offload"] = "keep"
+    """How a job runs its own block's layers: as they are, recomputed in backward, or with what
+    backward needs moved to the CPU. All give the same bits."""
     table: str = ""
     """masked, labels: a safetensors file with the frozen `table` (256 or classes, W) of unit rows;
     empty = one drawn from run.seed."""

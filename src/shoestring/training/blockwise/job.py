@@ -25,6 +25,8 @@ from ...checkpoint import Checkpoint, Lock, Store, atomic_directory, write_text
 from ...checkpoint.tensors import write_tensors
 from ...errors import CheckpointError, ConfigError, TrainingDiverged
 from ...meter import Meter
+from ...methods import apply_spans
+from ...stack import Span, Stack
 from ..distributed import World, pick_device
 from ..interruption import Interruption
 from ..optimizer import clip_, gradient_norm, optimizer_factory, set_learning_rate
@@ -146,6 +148,10 @@ class Job:
             restore(found, self.net, self.optimizer, self.world)
             self.updates = self.saved = found.step
             self.seconds, self.peak = facts["seconds"], facts["peak"]
+        within = self.config.blockwise.within
+        if within != "keep":
+            layers = len(self.net.layers)
+            apply_spans(Stack.of(self.net), [Span(start=0, stop=layers, method=within)])
         self._begin_files()
 
     def _begin_files(self) -> None:
