@@ -23,6 +23,7 @@ rate, three seeds. Goes on where it was stopped. Writes results/classify.json an
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -196,14 +197,14 @@ def in_blocks(config: BlockwiseConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def committee(merged: Any, images: Tensor, labels: Tensor) -> float:
-    """Accuracy of the mean of all blocks' answers to noise at the highest level, 8 draws each."""
+    """Accuracy of the mean of all blocks' answers to noise at the highest level, 4 draws each."""
     draws, read = torch.Generator().manual_seed(0), Read(merged, images)
     width = merged.model.table.shape[1]
     top = merged.partition.law.high
     level = torch.full((len(images),), top, dtype=torch.float64)
     total = torch.zeros(len(images), len(merged.model.table))
     for block in range(1, BLOCKS + 1):
-        for _ in range(8):
+        for _ in range(4):
             z = torch.randn(len(images), width, generator=draws) * (top**2 + 1 / width) ** 0.5
             net = merged.model.block(block)
             total += merged.objective.logits(net, z, level, read.by(block)).softmax(1)
@@ -287,6 +288,7 @@ def main() -> None:
     result = begun(steps, anew=smoke)
     with tempfile.TemporaryDirectory() as name:
         write_signals(Path(name) / "signals.safetensors")
+        os.environ["SHOESTRING_CACHE"] = str(Path(name) / "cache")
         for seed in range(1 if smoke else SEEDS):
             for arm, rows in result["arms"].items():
                 if str(seed) in rows:
