@@ -8,12 +8,12 @@ needs no noise; and in 3 blocks of 2 layers with the rows of a frozen orthonorma
 
 the paper's levels         0.002 to 80
 informative levels         0.3 to 10, log-mean 0.7, deviation 1; 30 % of block 1's draws at 10
-... useful edges           equal areas of what the input tells beyond z, from sigma* on
-... along the chain        and a third as many updates with z from the blocks before
-... an encoder's rows      of 2 layers trained first, as a plain classifier, and frozen
+along the chain            and a third as many updates, half of each along the chain; for control
+                           with no chain in them
 sequential                 rows of the block before; 30 % of each block's draws at 10
-sequential, along the chain
-each at the top            half of each block's draws at 10, then along the chain, not sequential
+useful edges               informative, at equal areas of what the input tells, from sigma* on
+an encoder's rows          informative, of 2 layers trained first as a classifier, and frozen
+each at the top            informative, half of each block's draws at 10
 
 Held-out accuracy of block 1's first answer (mean of 8 draws), of one chain, of the mean over 8
 chains, of one chain of 20 steps, and of the mean of all blocks' answers at the highest level, where
@@ -24,11 +24,13 @@ rate, three seeds. Goes on where it was stopped. Writes results/classify.json an
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -65,22 +67,29 @@ INFORMATIVE: Settings = {
 }  # fmt: skip
 SEQUENTIAL: Settings = {**INFORMATIVE, "sequential": True, "top_blocks": "all"}
 EACH: Settings = {**INFORMATIVE, "top_share": 0.5, "top_blocks": "all"}
-# `chain_steps` as a share of the updates; `after` = the arm whose finished blocks are gone on with
+CHAIN: Settings = {"chain_steps": 1 / 3}  # a share of the updates
 END, SHORT, GREEDY = "end to end, 6 layers", "end to end, 2 layers", "greedy, 2 layers at a time"
+CONTROL = "informative levels, as many more updates, no chain"
+# after: the arm whose finished blocks are gone on with
 ARMS: dict[str, Settings] = {
     END: {},
     SHORT: {},
     GREEDY: {"sequential": True},
     "the paper's levels": {},
     "informative levels": INFORMATIVE,
-    "... along the chain": {**INFORMATIVE, "chain_steps": 1 / 3, "after": "informative levels"},
+    "informative levels, along the chain": {**INFORMATIVE, **CHAIN, "after": "informative levels"},
+    CONTROL: {**INFORMATIVE, **CHAIN, "after": "informative levels"},
     "sequential": SEQUENTIAL,
-    "sequential, along the chain": {**SEQUENTIAL, "chain_steps": 1 / 3},
+    "sequential, along the chain": {**SEQUENTIAL, **CHAIN},
+    "useful edges": {**INFORMATIVE, "spacing": "useful"},
+    "useful edges, along the chain": {
+        **INFORMATIVE, "spacing": "useful", **CHAIN, "after": "useful edges",
+    },
+    "an encoder's rows": {**INFORMATIVE, "context": "encoder"},
     "each at the top": EACH,
-    "each at the top, along the chain": {**EACH, "chain_steps": 1 / 3, "after": "each at the top"},
-    "informative, useful edges": {**INFORMATIVE, "spacing": "useful"},
-    "informative, an encoder's rows": {**INFORMATIVE, "context": "encoder"},
-}
+    "each at the top, along the chain": {**EACH, **CHAIN, "after": "each at the top"},
+}  # fmt: skip
+LAST = ("each at the top", "each at the top, along the chain")
 COLUMNS = {
     "first answer": "block 1's answer", "one chain": "one chain", "score": "mean of 8 chains",
     "one chain of 20": "one of 20 steps", "committee": "all blocks at the top",
@@ -222,19 +231,28 @@ def encoder_of(seed: int, steps: int, folder: Path) -> str:
 
 def row_of(arm: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     settings = dict(ARMS[arm])
-    into = folder / f"{list(ARMS).index(arm)}-{seed}"
+    into = folder_of(arm, seed, folder)
     if arm in (END, SHORT):
         layers = 6 if arm == END else 2
         return without_noise(config_of({"blocks": 1}, layers, seed, steps, into))
     if arm == GREEDY:
         return without_noise(config_of(settings, 6, seed, steps, into))
     if "after" in settings:
-        before = folder / f"{list(ARMS).index(settings['after'])}-{seed}"
-        if before.is_dir():  # else its blocks are trained again, which gives the same
+        before = folder_of(settings["after"], seed, folder)
+        # else its blocks are trained again, which gives the same
+        if before.is_dir() and not into.is_dir():
             shutil.copytree(before, into)
     if "context" in settings:
         settings["context"] = encoder_of(seed, steps, folder)
-    return in_blocks(config_of(settings, 6, seed, steps, into))
+    config = config_of(settings, 6, seed, steps, into)
+    if arm != CONTROL:
+        return in_blocks(config)
+    with mock.patch.object(Answers, "chain_losses", Answers._losses):
+        return in_blocks(config)
+
+
+def folder_of(arm: str, seed: int, folder: Path) -> Path:
+    return folder / f"{re.sub('[^a-z0-9]+', '-', arm)}-{seed}"
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -249,7 +267,7 @@ def table_of(result: dict[str, Any]) -> str:
         columns = ([row[name] for row in rows.values() if name in row] for name in COLUMNS)
         cells = [spread(values) if values else "" for values in columns]
         peak = max(row["peak"] for row in rows.values()) / 2**20
-        name = arm if arm in (END, SHORT, GREEDY) else f"3 blocks, {arm}".replace(", ...", ", and")
+        name = arm if arm in (END, SHORT, GREEDY) else f"3 blocks, {arm}"
         lines.append(f"| {' | '.join([name, str(len(rows)), *cells, f'{peak:.1f}'])} |")
     config, hardware = result["config"], result["hardware"]
     lines += ["", f"{config['steps']:,} updates of {config['batch']} (a third more along the "
@@ -282,24 +300,30 @@ def begun(steps: int, *, anew: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="a few updates, nothing written")
-    smoke: bool = parser.parse_args().smoke
+    parser.add_argument("--folder", help="where blocks are kept, to go on with; else nowhere")
+    arguments = parser.parse_args()
+    smoke: bool = arguments.smoke
+    given_folder: str | None = arguments.folder
     torch.set_num_threads(1)
     steps = 3 if smoke else PASSES * TRAINED // BATCH
     result = begun(steps, anew=smoke)
+    seeds = range(1 if smoke else SEEDS)
+    order = sorted(((seed, arm) for seed in seeds for arm in ARMS), key=lambda x: x[1] in LAST)
     with tempfile.TemporaryDirectory() as name:
-        write_signals(Path(name) / "signals.safetensors")
-        os.environ["SHOESTRING_CACHE"] = str(Path(name) / "cache")
-        for seed in range(1 if smoke else SEEDS):
-            for arm, rows in result["arms"].items():
-                if str(seed) in rows:
-                    continue
-                rows[str(seed)] = row_of(arm, seed, steps, Path(name))
-                brief = {k: v for k, v in rows[str(seed)].items() if isinstance(v, float)}
-                print(arm, seed, json.dumps(brief), flush=True)
-                if not smoke:
-                    RESULTS.mkdir(exist_ok=True)
-                    write_text(RESULTS / "classify.json", json.dumps(result, indent=1) + "\n")
-                    write_text(RESULTS / "classify.md", table_of(result))
+        folder = Path(given_folder or name).absolute()
+        write_signals(folder / "signals.safetensors")
+        os.environ["SHOESTRING_CACHE"] = str(folder / "cache")
+        for seed, arm in order:
+            rows = result["arms"][arm]
+            if str(seed) in rows:
+                continue
+            rows[str(seed)] = row_of(arm, seed, steps, folder)
+            brief = {k: v for k, v in rows[str(seed)].items() if isinstance(v, float)}
+            print(arm, seed, json.dumps(brief), flush=True)
+            if not smoke:
+                RESULTS.mkdir(exist_ok=True)
+                write_text(RESULTS / "classify.json", json.dumps(result, indent=1) + "\n")
+                write_text(RESULTS / "classify.md", table_of(result))
     if smoke:
         print(table_of(result))
 

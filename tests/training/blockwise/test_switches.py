@@ -22,6 +22,7 @@ from .conftest import changed, elsewhere
 from .test_jobs import equal, state_of
 
 SWITCHES = {
+    "useful": {"spacing": "useful"},
     "sequential": {"sequential": True, "top_blocks": "all"},
     "chain": {"chain_steps": 4},
     "both": {"sequential": True, "chain_steps": 4, "top_blocks": "all"},
