@@ -89,7 +89,9 @@ ARMS: dict[str, Settings] = {
     "each at the top": EACH,
     "each at the top, along the chain": {**EACH, **CHAIN, "after": "each at the top"},
 }  # fmt: skip
-LAST = ("each at the top", "each at the top, along the chain")
+# in this order for all seeds, after the others
+LATER = ("the paper's levels", "useful edges", "an encoder's rows", "useful edges, along the chain",
+         "each at the top", "each at the top, along the chain")  # fmt: skip
 COLUMNS = {
     "first answer": "block 1's answer", "one chain": "one chain", "score": "mean of 8 chains",
     "one chain of 20": "one of 20 steps", "committee": "all blocks at the top",
@@ -308,7 +310,8 @@ def main() -> None:
     steps = 3 if smoke else PASSES * TRAINED // BATCH
     result = begun(steps, anew=smoke)
     seeds = range(1 if smoke else SEEDS)
-    order = sorted(((seed, arm) for seed in seeds for arm in ARMS), key=lambda x: x[1] in LAST)
+    early = [(seed, arm) for seed in seeds for arm in ARMS if arm not in LATER]
+    order = [*early, *((seed, arm) for arm in LATER for seed in seeds)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(given_folder or name).absolute()
         write_signals(folder / "signals.safetensors")
