@@ -89,9 +89,9 @@ ARMS: dict[str, Settings] = {
     "each at the top": EACH,
     "each at the top, along the chain": {**EACH, **CHAIN, "after": "each at the top"},
 }  # fmt: skip
-# in this order for all seeds, after the others
-LATER = ("the paper's levels", "useful edges", "an encoder's rows", "useful edges, along the chain",
-         "each at the top", "each at the top, along the chain")  # fmt: skip
+# When a seed of an arm has its turn, should the time not be enough for all.
+LATER = ("the paper's levels", "useful edges", "useful edges, along the chain", "an encoder's rows")
+LAST = ("each at the top", "each at the top, along the chain")
 COLUMNS = {
     "first answer": "block 1's answer", "one chain": "one chain", "score": "mean of 8 chains",
     "one chain of 20": "one of 20 steps", "committee": "all blocks at the top",
@@ -310,8 +310,12 @@ def main() -> None:
     steps = 3 if smoke else PASSES * TRAINED // BATCH
     result = begun(steps, anew=smoke)
     seeds = range(1 if smoke else SEEDS)
-    early = [(seed, arm) for seed in seeds for arm in ARMS if arm not in LATER]
-    order = [*early, *((seed, arm) for arm in LATER for seed in seeds)]
+
+    def turn(each: tuple[int, str]) -> int:
+        seed, arm = each
+        return (2, 4, 5)[seed] if arm in LATER else 6 if arm in LAST else (0, 1, 3)[seed]
+
+    order = sorted(((seed, arm) for seed in seeds for arm in ARMS), key=turn)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(given_folder or name).absolute()
         write_signals(folder / "signals.safetensors")
