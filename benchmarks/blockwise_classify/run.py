@@ -86,12 +86,12 @@ ARMS: dict[str, Settings] = {
         **INFORMATIVE, "spacing": "useful", **CHAIN, "after": "useful edges",
     },
     "an encoder's rows": {**INFORMATIVE, "context": "encoder"},
+    "an encoder's rows, along the chain": {
+        **INFORMATIVE, "context": "encoder", **CHAIN, "after": "an encoder's rows",
+    },
     "each at the top": EACH,
     "each at the top, along the chain": {**EACH, **CHAIN, "after": "each at the top"},
 }  # fmt: skip
-# When a seed of an arm has its turn, should the time not be enough for all.
-LATER = ("the paper's levels", "useful edges", "useful edges, along the chain", "an encoder's rows")
-LAST = ("each at the top", "each at the top, along the chain")
 COLUMNS = {
     "first answer": "block 1's answer", "one chain": "one chain", "score": "mean of 8 chains",
     "one chain of 20": "one of 20 steps", "committee": "all blocks at the top",
@@ -245,7 +245,7 @@ def row_of(arm: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
         if before.is_dir() and not into.is_dir():
             shutil.copytree(before, into)
     if "context" in settings:
-        settings["context"] = encoder_of(seed, steps, folder)
+        settings["context"] = encoder_of(seed, steps, folder)  # once a seed
     config = config_of(settings, 6, seed, steps, into)
     if arm != CONTROL:
         return in_blocks(config)
@@ -310,12 +310,7 @@ def main() -> None:
     steps = 3 if smoke else PASSES * TRAINED // BATCH
     result = begun(steps, anew=smoke)
     seeds = range(1 if smoke else SEEDS)
-
-    def turn(each: tuple[int, str]) -> int:
-        seed, arm = each
-        return (2, 4, 5)[seed] if arm in LATER else 6 if arm in LAST else (0, 1, 3)[seed]
-
-    order = sorted(((seed, arm) for seed in seeds for arm in ARMS), key=turn)
+    order = [(seed, arm) for seed in seeds for arm in ARMS]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(given_folder or name).absolute()
         write_signals(folder / "signals.safetensors")
