@@ -10,6 +10,7 @@ the paper's levels         0.002 to 80
 informative levels         0.3 to 10, log-mean 0.7, deviation 1; 30 % of block 1's draws at 10
 along the chain            and a third as many updates, half of each along the chain; for control
                            with no chain in them
+quiet start                informative, z a tenth of what it else is in a block's first weights
 sequential                 rows of the block before; 30 % of each block's draws at 10
 useful edges               informative, at equal areas of what the input tells, from sigma* on
 an encoder's rows          informative, of 2 layers trained first as a classifier, and frozen
@@ -79,6 +80,10 @@ ARMS: dict[str, Settings] = {
     "informative levels": INFORMATIVE,
     "informative levels, along the chain": {**INFORMATIVE, **CHAIN, "after": "informative levels"},
     CONTROL: {**INFORMATIVE, **CHAIN, "after": "informative levels"},
+    "quiet start": {**INFORMATIVE, "quiet_start": True},
+    "quiet start, along the chain": {
+        **INFORMATIVE, "quiet_start": True, **CHAIN, "after": "quiet start",
+    },
     "sequential": SEQUENTIAL,
     "sequential, along the chain": {**SEQUENTIAL, **CHAIN},
     "useful edges": {**INFORMATIVE, "spacing": "useful"},

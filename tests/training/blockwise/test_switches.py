@@ -396,6 +396,18 @@ def test_what_is_no_encoder_is_refused(labels, images, encoder, folder):
         merge([config.run.directory])
 
 
+def test_a_quiet_start_lets_less_of_z_in_and_is_the_same_bits_apart(labels, folder):
+    config = changed(labels, blockwise={"quiet_start": True})
+    made = [task.fresh(task.task_of(c), 2, torch.device("cpu")).block(2) for c in (config, labels)]
+    assert torch.equal(made[0].embed.weight, made[1].embed.weight * answers.QUIET)
+    assert float(made[0].embed.bias.detach().std()) > 0.5
+    assert torch.equal(made[0].patches.weight, made[1].patches.weight)
+    alone = elsewhere(config, folder / "alone")
+    train_block(alone, 2)
+    train_every_block(config)
+    assert equal(state_of(alone, 2), state_of(config, 2))
+
+
 # ---- within a block ------------------------------------------------------------------------------
 
 
@@ -423,7 +435,13 @@ def test_layers_recomputed_within_a_block_save_memory_and_change_no_bit(request,
 @pytest.mark.parametrize("objective", ["edm", "flow", "masked"])
 @pytest.mark.parametrize(
     "switch",
-    [{"sequential": True}, {"chain_steps": 3}, {"context": "there"}, {"top_blocks": "all"}],
+    [
+        {"sequential": True},
+        {"chain_steps": 3},
+        {"context": "there"},
+        {"top_blocks": "all"},
+        {"quiet_start": True},
+    ],
 )
 def test_a_switch_of_classifiers_is_refused_elsewhere(images, objective, switch):
     with pytest.raises(ConfigError, match=rf"{next(iter(switch))}.*objective = 'labels'"):

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ...checkpoint.tensors import InParts
 from ...errors import ConfigError, DataError
-from ...models.dit import Answering, unit_table
+from ...models.dit import Answering, DiT, unit_table
 from ...models.dit_config import DiTConfig
+from ...models.wrapped import Wrapped
 from ...objectives.label_denoising import Draw, LabelDenoising, denoised, nearest_ref
 from ...ops.preconditioning import euler_step
 from .config import BlockwiseConfig
@@ -32,6 +33,7 @@ from .task import HELD_OUT, Denoiser, Task, generator_of, image_shape, parts_of,
 
 CHAINS = 8
 """K: draws of z for every training image that a chain is followed with."""
+QUIET = 0.1
 _FOLDER = "handed"
 
 
@@ -76,6 +78,17 @@ class Answers(Task):
         """With the encoder, where there is one."""
         more = {} if self.encoder is None else {"context": self.encoder.digest}
         return {**super().identity(), **more}
+
+    def fresh(self, block: int, device: torch.device) -> DiT | Wrapped:
+        """As of any task, with `quiet_start` but for what reads z."""
+        model = super().fresh(block, device)
+        if self.config.blockwise.quiet_start:
+            embed = model.block(block).embed
+            row = torch.randn(embed.bias.shape, generator=generator_of(self.config.run.seed, block))
+            with torch.no_grad():
+                embed.weight.mul_(QUIET)
+                embed.bias.copy_(row)
+        return model
 
     def objective_facts(self) -> dict[str, Any]:
         """Kind only: what a row's deviation is follows from the table."""

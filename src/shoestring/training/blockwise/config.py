@@ -144,6 +144,9 @@ class BlocksConfig:
     it; needed in order."""
     chain_rate: float = 0.3
     """Highest learning rate of these, as a share of optim.lr."""
+    quiet_start: bool = False
+    """labels: a block begins with a fixed row in which z is a tenth of what it else is. At high
+    levels z is nothing but noise, which a small network may take long to see past."""
     within: Literal["keep", "recompute", "offload"] = "keep"
     """How a job runs its own block's layers: as they are, recomputed in backward, or with what
     backward needs moved to the CPU. All give the same bits."""
@@ -181,6 +184,7 @@ class BlocksConfig:
                 "top_blocks": "first: later blocks' chains never are at the highest noise",
                 "context": "no context: a model that draws has no input beside what it denoises",
                 "sequential": "false: what a block would read is the noise that it denoises",
+                "quiet_start": "false: what is denoised is all that a block reads",
                 "chain_steps": "0: of a drawn image or text nobody knows what it should have been",
             }
             for name, expected in why.items():
