@@ -83,7 +83,9 @@ class Answers(Task):
         """As of any task, with `quiet_start` but for what reads z."""
         model = super().fresh(block, device)
         if self.config.blockwise.quiet_start:
-            embed = model.block(block).embed
+            net = model.block(block)
+            assert isinstance(net, Answering)
+            embed = net.embed
             row = torch.randn(embed.bias.shape, generator=generator_of(self.config.run.seed, block))
             with torch.no_grad():
                 embed.weight.mul_(QUIET)
