@@ -2,7 +2,9 @@
 
 A diffusion transformer of 12 layers of width 768 with AdaLN of width 128, float32 and AdamW: on
 images (32 x 32 with 4 channels in patches of 2, 8 at a time) and as masked diffusion of text (4 x
-512 tokens, a frozen table of 32,768 rows; logits in chunks in every arm). Arms: end to end; one of
+512 tokens, a frozen table of 32,768 rows; logits in chunks in every arm), and from left to right of
+the same texts: end to end on the next token (512 rows a text), a block on clean and noised rows
+(twice as many). Arms: end to end; one of
 B blocks alone, the others never made; all blocks and their optimizer states in one process, with
 the gradients of one at a time, as the paper's released code has it; and the rival that everybody
 has, recomputing every layer in backward. Each arm is a process of its own, which makes one update
@@ -25,18 +27,22 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from shoestring.meter import Meter
+from shoestring.models.causal import Causal
+from shoestring.models.causal_config import CausalConfig
 from shoestring.models.dit import Block, DiT, unit_table
 from shoestring.models.dit_config import DiTConfig
 from shoestring.models.dit_layers import Layer
 from shoestring.objectives.denoise import Denoise
 from shoestring.objectives.masked_diffusion import MaskedDiffusion
+from shoestring.objectives.token_denoising import TokenDenoising
 from shoestring.ops.noise_levels import LogNormal, MaskTime, partition
 from shoestring.rss import RssPeak, status_bytes
 from shoestring.training.receipt import environment
 
 RESULTS = Path(__file__).parent / "results"
-KINDS = ("images", "masked diffusion")
+KINDS = ("images", "masked diffusion", "autoregressive")
 BARS = {2: 0.55, 3: 0.40, 4: 0.30}
+NO_BARS = ("autoregressive",)  # twice the rows: told as it is
 # blocks, whether all are resident, whether layers are recomputed
 ARMS: dict[str, tuple[int, bool, bool]] = {
     "end to end": (1, False, False),
@@ -55,7 +61,8 @@ def shape_of(kind: str, blocks: int, smoke: bool) -> DiTConfig:
     sizes: dict[str, Any] = {"blocks": blocks, **(SMOKE if smoke else FULL)}
     if kind == "images":
         return DiTConfig(size=8 if smoke else 32, channels=4, patch=2, classes=1000, **sizes)
-    return DiTConfig(vocabulary=256 if smoke else 32768, length=32 if smoke else 512, **sizes)
+    text = {"vocabulary": 256 if smoke else 32768, "length": 32 if smoke else 512, **sizes}
+    return CausalConfig(**text) if kind == "autoregressive" else DiTConfig(**text)
 
 
 def loss_of(kind: str, shape: DiTConfig, block: int, count: int, table: Tensor | None) -> Any:
@@ -67,10 +74,16 @@ def loss_of(kind: str, shape: DiTConfig, block: int, count: int, table: Tensor |
         images, labels = torch.rand(size, generator=draws) * 2 - 1, torch.arange(count)
         drawn = denoise.draw(block, images, labels, draws)
         return lambda net: denoise.loss(net, images, drawn)
-    masked = MaskedDiffusion(partition=partition(MaskTime(), shape.blocks))
     tokens = torch.randint(shape.vocabulary, (count, shape.length), generator=draws)
-    draw = masked.draw(block, tokens, draws)
     assert table is not None
+    if kind == "autoregressive":
+        ahead = TokenDenoising(partition=partition(LogNormal(), shape.blocks))
+        if shape.blocks == 1:
+            return lambda net: ahead.ordinary_loss(net, tokens, table)
+        noised = ahead.draw(block, tokens, shape.row, draws)
+        return lambda net: ahead.loss(net, tokens, noised, table)
+    masked = MaskedDiffusion(partition=partition(MaskTime(), shape.blocks))
+    draw = masked.draw(block, tokens, draws)
     return lambda net: masked.loss(net, tokens, draw, table)
 
 
@@ -95,7 +108,8 @@ def measure(kind: str, arm: str, smoke: bool) -> dict[str, Any]:
     table = unit_table(shape.vocabulary, shape.row, seed=0) if shape.vocabulary else None
     rss = RssPeak()
     rss.start()  # the table is made by way of float64, which is not what is asked here
-    model = DiT.make(shape, seed=0, only=None if resident else 1, table=table)
+    make = Causal.make if kind == "autoregressive" else DiT.make
+    model = make(shape, seed=0, only=None if resident else 1, table=table)
     trained = list(range(1, blocks + 1)) if resident else [1]
     nets = [model.block(block) for block in trained]
     parameters = [p for net in nets for p in net.parameters()]
@@ -137,11 +151,14 @@ def table_of(result: dict[str, Any]) -> str:
              "saved for backward", "resident, MiB"]  # fmt: skip
     lines = []
     for kind, rows in result["rows"].items():
+        if not rows:
+            continue
         lines += [f"| {' | '.join([kind, *heads[1:]])} |", "|---" * len(heads) + "|"]
         whole = rows["end to end"]["peak_bytes"]
         for arm, row in rows.items():
             blocks = ARMS[arm][0]
-            bar = BARS.get(blocks) if arm == f"1 of {blocks} blocks" else None
+            has_bar = arm == f"1 of {blocks} blocks" and kind not in NO_BARS
+            bar = BARS.get(blocks) if has_bar else None
             cells = [arm, f"{row['peak_bytes'] / mib:,.0f}", f"{row['peak_bytes'] / whole:.2f}",
                      "" if bar is None else f"{bar:.2f}"]  # fmt: skip
             cells += [f"{row['by_category'].get(name, 0) / mib:,.0f}"
@@ -165,6 +182,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="small, nothing written")
     parser.add_argument("--kind", choices=KINDS, help="with --arm: one arm, in this process")
     parser.add_argument("--arm", choices=ARMS)
+    parser.add_argument(
+        "--only", choices=KINDS, help="one kind; the others stay as they are stored"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.arm:
@@ -177,7 +197,9 @@ def main() -> None:
         **environment(torch.device("cpu")),
         "rows": {kind: {} for kind in KINDS},
     }
-    for kind in KINDS:
+    if arguments.only and not arguments.smoke:
+        result["rows"].update(json.loads((RESULTS / "memory.json").read_text())["rows"])
+    for kind in [arguments.only] if arguments.only else KINDS:
         for arm in ARMS:
             result["rows"][kind][arm] = row = apart(kind, arm, arguments.smoke)
             print(kind, arm, json.dumps(row), flush=True)

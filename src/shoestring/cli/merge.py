@@ -27,13 +27,20 @@ class Arguments(Common):
 
 def run(arguments: Arguments, terminal: Terminal) -> int:
     """Merges; exit code 0."""
-    from ..training.blockwise.merging import FACTS, bound_of, merge
+    from ..training.blockwise.merging import FACTS, bound_of, merge, own_bits_of
 
     into = Path(arguments.to) if arguments.to else None
     place = merge([Path(each) for each in arguments.directories], into)
-    bits = bound_of(json.loads((place / FACTS).read_text(encoding="utf-8")))
-    terminal.emit({"model": str(place), "bits_per_byte": bits})
+    facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
+    bits, own = bound_of(facts), own_bits_of(facts)
+    told = {"model": str(place), "bits_per_byte": bits}
+    terminal.emit(told if own is None else {**told, "block_1_bits_per_byte": own})
     terminal.say(f"the model is in {place}")
     if bits is not None:
         terminal.say(f"held-out text: {bits:.4f} bits per byte, the sum of the blocks' parts")
+    if own is not None:
+        terminal.say(
+            f"held-out text: {own:.4f} bits per byte by block 1's own next-token predictions; the "
+            "chain of the blocks has no likelihood"
+        )
     return 0

@@ -51,9 +51,7 @@ class Block(nn.Module):
     def run(self, x: Tensor, noise_N: Tensor, labels_N: Tensor | None) -> Tensor:
         """Embedded rows (N, T, D) to what the head gives, (N, T, out)."""
         condition = self.condition(noise_N, labels_N)
-        x = self.through(x, condition)
-        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.head(self.norm(x) * (1 + scale) + shift)
+        return self.finish(self.through(x, condition), condition)
 
     def through(self, x: Tensor, condition: Tensor) -> Tensor:
         """Embedded rows (N, T, D) through the layers."""
@@ -61,6 +59,12 @@ class Block(nn.Module):
         for layer in self.layers:
             x = layer(x, condition, turns)
         return x
+
+    def finish(self, x: Tensor, condition: Tensor) -> Tensor:
+        """What the layers gave (N, T, D) to what the head gives, (N, T, out)."""
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
+        out: Tensor = self.head(self.norm(x) * (1 + scale) + shift)
+        return out
 
     def turns(self, x: Tensor) -> Turns | None:
         """Rotary positions of the rows, where they have any."""
@@ -216,8 +220,17 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList([made(config, b) for b in range(1, config.blocks + 1)])
+        self.blocks = nn.ModuleList([self.one(config, b) for b in range(1, config.blocks + 1)])
         self.register_buffer("table", None, persistent=True)
+
+    @staticmethod
+    def one(config: DiTConfig, block: int) -> Block:
+        """Block 1..B of what the shape is for."""
+        reads = config.reads_rows(block)
+        if reads is not None:
+            return RowsBlock(config, reads[1])
+        kind = AnswerBlock if config.answers else ImageBlock if config.size else TokenBlock
+        return kind(config)
 
     @classmethod
     def make(
@@ -259,15 +272,6 @@ class DiT(nn.Module):
         part = self.blocks[block - 1]
         assert isinstance(part, Block)
         return part
-
-
-def made(config: DiTConfig, block: int) -> Block:
-    """Block 1..B as torch makes it."""
-    reads = config.reads_rows(block)
-    if reads is not None:
-        return RowsBlock(config, reads[1])
-    kind = AnswerBlock if config.answers else ImageBlock if config.size else TokenBlock
-    return kind(config)
 
 
 def unit_table(rows: int, width: int, *, seed: int) -> Tensor:

@@ -1,5 +1,7 @@
 """What the blocks of a diffusion transformer are made of: layers, the condition, positions."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +40,13 @@ def turned(x: Tensor, turns: Turns) -> Tensor:
     return torch.cat((one * cosine - other * sine, other * cosine + one * sine), dim=-1)
 
 
+KeysValues = tuple[Tensor, Tensor]
+"""Of rows of a layer, each (N, heads, T, width of a head)."""
+
+Look = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention: queries, keys and values (N, heads, T, width of a head) -> the queries' shape."""
+
+
 class Layer(nn.Module):
     """x + gate a(norm(x)), for attention and then for the MLP; both modulated by the condition."""
 
@@ -51,23 +60,37 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(D, hidden), nn.Linear(hidden, D)
         self.modulation = nn.Linear(config.condition, 6 * D)
 
-    def forward(self, x: Tensor, condition: Tensor, turns: Turns | None) -> Tensor:
-        """x (N, T, D), condition (N, C), rotary positions or None -> (N, T, D)."""
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        turns: Turns | None,
+        look: Look = F.scaled_dot_product_attention,
+    ) -> Tensor:
+        """x (N, T, D), condition (N, C), rotary positions or None -> (N, T, D).
+
+        look: who sees whom; every row every row if not given.
+        """
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
             self.modulation(condition)[:, None].chunk(6, dim=-1)
         )  # fmt: skip
-        x = x + gate * self.attend(self.attention_norm(x) * (1 + scale) + shift, turns)
+        q, k, v = self.project(self.attention_norm(x) * (1 + scale) + shift, turns)
+        x = x + gate * self.out(look(q, k, v).transpose(1, 2).reshape(x.shape))
         y = self.mlp_norm(x) * (1 + mlp_scale) + mlp_shift
         return x + mlp_gate * self.down(F.gelu(self.up(y), approximate="tanh"))
 
-    def attend(self, x: Tensor, turns: Turns | None) -> Tensor:
-        """Attention of every row to every row."""
-        N, T, D = x.shape
+    def keys_values(self, x: Tensor, condition: Tensor, turns: Turns | None) -> KeysValues:
+        """What others see of these rows, and nothing more."""
+        shift, scale = self.modulation(condition)[:, None].chunk(6, dim=-1)[:2]
+        return self.project(self.attention_norm(x) * (1 + scale) + shift, turns)[1:]
+
+    def project(self, x: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (N, heads, T, width of a head)."""
+        N, T, _ = x.shape
         q, k, v = self.qkv(x).view(N, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if turns is not None:
             q, k = turned(q, turns), turned(k, turns)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.out(y.transpose(1, 2).reshape(N, T, D))
+        return q, k, v
 
 
 class Condition(nn.Module):

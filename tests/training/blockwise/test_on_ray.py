@@ -95,6 +95,15 @@ def test_blocks_on_top_of_each_other_run_one_after_the_other(ray, images, folder
         assert equal(one, other)
 
 
+def test_blocks_of_a_text_from_left_to_right_are_jobs_too(ray, text, folder):
+    config = changed(text, blockwise={"objective": "tokens"}, run={"threads": 1})
+    config, alone = elsewhere(config, folder / "ray"), elsewhere(config, folder / "alone")
+    train_on_ray(config)
+    train_every_block(alone)
+    for block in (1, 2):
+        assert equal(state_of(config, block), state_of(alone, block))
+
+
 def test_a_job_that_loses_its_worker_too_often_is_told_and_gone_on_with(ray, images, folder):
     config = longer(images, folder / "ray")
     thread = killer(config, 2)

@@ -63,6 +63,11 @@ class DenoiserConfig:
     """Width of the vector that noise level and class become."""
     patch_size: int = 4
     """Pixels of a patch's side."""
+    prelude_layers: int = 0
+    """tokens in one block: layers that read a text once; those after them are run again at every
+    noise level (recurrent depth). 0 = not recurrent."""
+    coda_layers: int = 0
+    """With prelude_layers: of the layers, the last ones, which are no part of the core."""
     diffusers: str = ""
     """Images: the config.json (or its folder) of a transformer of diffusers to train in blocks; it
     decides the shape, and the settings above do not count. Empty = a plain DiT."""
@@ -73,6 +78,7 @@ class DenoiserConfig:
     def __post_init__(self) -> None:
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
         _at_least(1, "model", self, *names, "condition_size", "patch_size")
+        _at_least(0, "model", self, "prelude_layers", "coda_layers")
         _require(
             self.hidden_size % self.num_attention_heads == 0, "model.hidden_size",
             self.hidden_size, f"a multiple of model.num_attention_heads = "
@@ -106,21 +112,22 @@ class BlocksConfig:
 
     blocks: int = 3
     """How many blocks; a divisor of model.num_hidden_layers."""
-    objective: Literal["edm", "flow", "masked", "labels"] = "edm"
-    """edm or flow for images, masked for text, labels to classify images."""
+    objective: Literal["edm", "flow", "masked", "labels", "tokens"] = "edm"
+    """edm or flow for images, masked for text, labels to classify images; tokens for text from left
+    to right (experimental)."""
     spacing: Literal["equal", "uniform", "log", "useful"] = "equal"
     """Edges between the blocks' noise levels: equal shares of the training; evenly in the level or
     its logarithm; or equal shares of what the input tells beyond z (edm, flow, labels)."""
     overlap: float = 0.05
     """How far a block's training reaches into its neighbours' levels, as a share of its own."""
     sigma_min: float = 0.002
-    """edm, labels: lowest noise."""
+    """edm, labels, tokens: lowest noise."""
     sigma_max: float = 80.0
-    """edm, labels: highest noise."""
+    """edm, labels, tokens: highest noise."""
     sigma_mean: float = -1.2
-    """edm, labels: mean of ln sigma."""
+    """edm, labels, tokens: mean of ln sigma."""
     sigma_std: float = 1.2
-    """edm, labels: deviation of ln sigma."""
+    """edm, labels, tokens: deviation of ln sigma."""
     data_std: float = 0.5
     """edm: deviation of the images' values."""
     time_std: float = 0.0
@@ -150,9 +157,14 @@ class BlocksConfig:
     within: Literal["keep", "recompute", "offload"] = "keep"
     """How a job runs its own block's layers: as they are, recomputed in backward, or with what
     backward needs moved to the CPU. All give the same bits."""
+    beside: bool = True
+    """tokens: noised rows begin with the clean row beside them, as the paper's do not."""
+    mixed_every: int = 2
+    """tokens: every so many updates one is of the ordinary next-token loss; 0 = none (pure), 1 =
+    all (plain blocks, without a chain)."""
     table: str = ""
-    """masked, labels: a safetensors file with the frozen `table` (256 or classes, W) of unit rows;
-    empty = one drawn from run.seed."""
+    """masked, labels, tokens: a safetensors file with the frozen `table` of unit rows (256 or
+    classes, W); empty = one drawn from run.seed."""
 
     def __post_init__(self) -> None:
         _at_least(1, "blockwise", self, "blocks")
@@ -160,19 +172,19 @@ class BlocksConfig:
         _at_least(0, "blockwise", self, "chain_steps", "chain_rate")
         _require(0 <= self.overlap < 1, "blockwise.overlap", self.overlap, "a share below 1")
         _require(self.data_std > 0, "blockwise.data_std", self.data_std, "more than 0")
-        _at_least(0, "blockwise", self, "time_std")
-        if self.spacing == "log" and self.objective not in ("edm", "labels"):
+        _at_least(0, "blockwise", self, "time_std", "mixed_every")
+        if self.spacing == "log" and self.objective not in ("edm", "labels", "tokens"):
             raise ConfigError(
                 f"blockwise.spacing = 'log' with objective {self.objective!r}",
                 expected="equal or uniform: its levels begin at 0",
             )
-        if self.spacing == "useful" and self.objective == "masked":
+        if self.spacing == "useful" and self.objective in ("masked", "tokens"):
             raise ConfigError(
-                "blockwise.spacing = 'useful' with objective 'masked'",
-                expected="equal: equal shares of the masked tokens are the work that there is",
+                f"blockwise.spacing = 'useful' with objective {self.objective!r}",
+                expected="equal, uniform or log: it is for edm, flow and labels",
             )
         self._check_labels_only()
-        if self.table and self.objective not in ("masked", "labels"):
+        if self.table and self.objective not in ("masked", "labels", "tokens"):
             raise ConfigError(
                 f"blockwise.table is set with objective {self.objective!r}",
                 expected="no table: images are their own targets",
@@ -219,6 +231,10 @@ class BlockwiseConfig:
         if self.model.diffusers and objective not in ("edm", "flow"):
             raise ConfigError(
                 f"model.diffusers with objective {objective!r}", expected="edm or flow: images"
+            )
+        if self.model.prelude_layers and objective != "tokens":
+            raise ConfigError(
+                f"model.prelude_layers with objective {objective!r}", expected="tokens"
             )
         if self.model.weights and not self.model.diffusers:
             raise ConfigError(

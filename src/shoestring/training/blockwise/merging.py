@@ -22,6 +22,8 @@ from torch import Tensor
 from ...checkpoint import Checkpoint, Store, atomic_directory, verify
 from ...checkpoint.tensors import InParts, read_tensors, write_tensors
 from ...errors import CheckpointError, ConfigError
+from ...models.causal import Causal
+from ...models.causal_config import CausalConfig
 from ...models.dit import DiT
 from ...models.dit_config import DiTConfig
 from ...models.wrapped import Wrapped
@@ -29,6 +31,7 @@ from ...models.wrapped_config import WrappedConfig
 from ...objectives.denoise import Denoise
 from ...objectives.label_denoising import LabelDenoising
 from ...objectives.masked_diffusion import MaskedDiffusion
+from ...objectives.token_denoising import OWN_BITS, TokenDenoising
 from ...ops.noise_levels import Partition
 from ..snapshot import MODEL, STATE
 from .encoder import CONTEXT
@@ -36,7 +39,7 @@ from .handed import file_digest, stands_on
 from .job import TABLE, differences, newest
 from .task import FORMAT, table_digest
 
-Objective = Denoise | MaskedDiffusion | LabelDenoising
+Objective = Denoise | MaskedDiffusion | LabelDenoising | TokenDenoising
 FACTS, WEIGHTS = "model.json", "model.safetensors"
 
 
@@ -228,8 +231,9 @@ def _check_complete(blocks: Sequence[Found], count: int) -> None:
 
 def shape_of(model: Mapping[str, Any]) -> DiTConfig | WrappedConfig:
     """The shape that an identity has under "model"."""
-    kind = WrappedConfig if "architecture" in model else DiTConfig
-    return kind.from_json(model)
+    if "architecture" in model:
+        return WrappedConfig.from_json(model)
+    return (CausalConfig if "prelude" in model else DiTConfig).from_json(model)
 
 
 def _tensors(
@@ -237,7 +241,7 @@ def _tensors(
 ) -> dict[str, Tensor | InParts]:
     """The whole state, each tensor where it lies; checked against the network's own names."""
     with torch.device("meta"):
-        wanted = (Wrapped(shape) if isinstance(shape, WrappedConfig) else DiT(shape)).state_dict()
+        wanted = _kind_of(shape)(shape).state_dict()
     tensors: dict[str, Tensor | InParts] = {}
     for each in blocks:
         path = each.saved.path / MODEL
@@ -251,6 +255,12 @@ def _tensors(
     if digest is not None:
         tensors["table"] = _table(blocks[0], digest)
     return tensors
+
+
+def _kind_of(shape: DiTConfig | WrappedConfig) -> Any:
+    if isinstance(shape, WrappedConfig):
+        return Wrapped
+    return Causal if isinstance(shape, CausalConfig) else DiT
 
 
 def _table(found: Found, digest: str) -> Tensor:
@@ -274,6 +284,13 @@ def bound_of(facts: Mapping[str, Any]) -> float | None:
     parts = [(block["held_out"] or {}).get("bits per byte") for block in facts["blocks"]]
     known = [float(part) for part in parts if part is not None]
     return sum(known) if len(known) == len(parts) else None
+
+
+def own_bits_of(facts: Mapping[str, Any]) -> float | None:
+    """Bits per byte of block 1's own next-token predictions, which are a likelihood of that block
+    alone. None for other models, and for blocks that were not trained for it."""
+    known = facts["blocks"][0]["held_out"] or {}
+    return known.get(OWN_BITS) if facts["objective"]["kind"] == "tokens" else None
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -332,7 +349,8 @@ def _empty(shape: DiTConfig | WrappedConfig) -> DiT | Wrapped:
     if isinstance(shape, WrappedConfig):
         return Wrapped.hollow(shape)
     with torch.device("meta"):
-        return DiT(shape)
+        made: DiT = _kind_of(shape)(shape)
+    return made
 
 
 def objective_of(facts: Mapping[str, Any], shape: DiTConfig | WrappedConfig) -> Objective:
@@ -343,6 +361,8 @@ def objective_of(facts: Mapping[str, Any], shape: DiTConfig | WrappedConfig) -> 
         return MaskedDiffusion(partition=parts)
     if settings["kind"] == "labels":
         return LabelDenoising(partition=parts)
+    if settings["kind"] == "tokens":
+        return TokenDenoising(partition=parts, mixed_every=int(settings["mixed_every"]))
     std = float(settings["data_std"])
     if not math.isfinite(std):
         raise ValueError(f"data_std {std}")

@@ -222,27 +222,29 @@ def _owner(merged: Merged, level: float) -> int:
 
 def _images(merged: Merged) -> Denoise:
     if not isinstance(merged.objective, Denoise):
-        raise _other(merged, "images", "a model of edm or flow")
+        raise other_kind(merged, "images", "a model of edm or flow")
     return merged.objective
 
 
 def _masked(merged: Merged) -> MaskedDiffusion:
     if not isinstance(merged.objective, MaskedDiffusion):
-        raise _other(merged, "a text or its likelihood", "a model of masked diffusion")
+        raise other_kind(merged, "a text unmasked or its bound", "a model of masked diffusion")
     return merged.objective
 
 
 def _answers(merged: Merged) -> LabelDenoising:
     if not isinstance(merged.objective, LabelDenoising):
-        raise _other(merged, "classes", "a model of labels")
+        raise other_kind(merged, "classes", "a model of labels")
     return merged.objective
 
 
-def _other(merged: Merged, asked: str, expected: str) -> ConfigError:
+def other_kind(merged: Merged, asked: str, expected: str) -> ConfigError:
     """What a model is asked for that it has not, and what it has."""
     kind, hint = merged.facts["objective"]["kind"], {
         "masked": "sample_text draws texts, bits_per_character scores them.",
         "labels": "classify answers with the classes of images.",
+        "tokens": "decoding.write_on writes texts. Its chain has no likelihood and no perplexity: "
+        "decoding.next_token_bits has that of a block's own next-token predictions.",
     }  # fmt: skip
     images = "sample_images draws images, losses_at scores them at fixed noise levels."
     return ConfigError(

@@ -225,6 +225,10 @@ def task_of(config: BlockwiseConfig) -> Task:
         from .wrapped import WrappedImages
 
         return WrappedImages(config)
+    if config.blockwise.objective == "tokens":
+        from .tokens import Tokens
+
+        return Tokens(config)
     if config.blockwise.objective == "labels":
         from .answers import Answers
 
@@ -250,8 +254,8 @@ def parts_of(
 ) -> Partition:
     """Who owns which noise, from the settings, and from the data where these say so."""
     laws: dict[str, Law] = {}
-    if settings.objective in ("edm", "labels"):
-        laws["edm"] = laws["labels"] = LogNormal(
+    if settings.objective in ("edm", "labels", "tokens"):
+        laws["edm"] = laws["labels"] = laws["tokens"] = LogNormal(
             mean=settings.sigma_mean, std=settings.sigma_std,
             low=settings.sigma_min, high=settings.sigma_max,
         )  # fmt: skip
