@@ -111,8 +111,6 @@ def trained(arm: str, config: BlockwiseConfig) -> tuple[Merged | None, Tokens, d
     receipts = [train_block(config, block, task=task).receipt for block in blocks]
     facts = {
         "parameters_of_a_job": receipts[0]["parameters"],
-        "seconds": sum(each["seconds"] for each in receipts),
-        "peak_of_a_job": receipts[0]["peak"]["bytes"] if receipts[0]["peak"] else None,
         "block 1": receipts[0]["held_out"],
     }
     if arm in FIRST_ONLY:

@@ -124,6 +124,18 @@ def test_kinds_of_updates_are_told_by_what_they_move(tokens, mixed_every):
     ) is (mixed_every > 0)  # fmt: skip
 
 
+def test_the_peak_of_a_mixed_block_is_that_of_its_larger_kind_of_update(tokens, folder):
+    """Would see: the second update measured alone, which is of the ordinary kind and needs less."""
+    peaks = {
+        every: train_block(
+            elsewhere(tokens, folder / f"{every}", blockwise={"mixed_every": every}), 1
+        ).receipt["peak"]["bytes"]
+        for every in (0, 1, 2)
+    }
+    assert peaks[1] < 0.95 * peaks[2]
+    assert peaks[2] > 0.99 * peaks[0]
+
+
 def test_plain_blocks_have_no_chain_and_no_losses_of_noised_rows(tokens):
     model, _ = learned(changed(tokens, blockwise={"mixed_every": 1}), 2)
     assert list(model.facts["blocks"][0]["held_out"]) == [OWN_BITS]

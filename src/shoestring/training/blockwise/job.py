@@ -192,11 +192,13 @@ class Job:
         """One update. TrainingDiverged before anything is changed."""
         started = time.monotonic()
         self._here += 1
-        # The second update here is the first with states and everything loaded.
-        if self._here == 2:
+        # The second update here is the first with states and everything loaded; where there are two
+        # kinds of updates, the third is of the other one.
+        if self._here in (2, 3):
             with Meter(self.net, self.optimizer) as meter:
                 loss, norm, lr = self._update()
-            self.peak = {"bytes": meter.peak_bytes, "by_category": meter.by_category}
+            if self._here == 2 or self.peak is None or meter.peak_bytes > self.peak["bytes"]:
+                self.peak = {"bytes": meter.peak_bytes, "by_category": meter.by_category}
         else:
             loss, norm, lr = self._update()
         self.updates += 1
