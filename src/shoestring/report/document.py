@@ -13,14 +13,16 @@ from .markup import Html, escaped
 
 
 def document(
-    title: str, body: Html, *, styles: Sequence[str] = (), scripts: Sequence[str] = ()
-) -> str:
-    """The whole file. styles, scripts: files of this package beside those of every page."""
+    title: str, body: Html, *, styles: Sequence[str] = (), scripts: Sequence[str] = (),
+    images: bool = False,
+) -> str:  # fmt: skip
+    """The whole file. styles, scripts: files of this package beside those of every page.
+    images: whether the body holds some, as data."""
     style = "".join(_file(name) for name in ("style.css", *styles))
     texts = [_file(name) for name in ("page.js", *scripts)]
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src {' '.join(map(_hash, texts))}; "
-        "base-uri 'none'; form-action 'none'"
+        f"{'img-src data:; ' if images else ''}base-uri 'none'; form-action 'none'"
     )
     head = (
         '<meta charset="utf-8">\n'

@@ -10,7 +10,7 @@ import re
 # Control characters, which HTML does not allow, and halves of surrogate pairs, which no file can
 # hold; both can be written in JSON.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-_VOID = ("input",)  # what has no content has no end
+_VOID = ("input", "img")  # what has no content has no end
 
 
 class Html(str):

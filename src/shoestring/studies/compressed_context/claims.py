@@ -6,44 +6,12 @@ measured" where rows are missing.
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-HELD, NOT, ONLY, UNKNOWN = "held", "did not hold", "only when", "not measured"
+from ..verdict import HELD, NOT, ONLY, UNKNOWN, Spread, Verdict, of_all
+
 LOSSLESS_KL = 0.010  # nats a token
 KEPT, LOST = 0.97, 0.90  # of what the plain cache gets right
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """claim, its source, how it is decided, the verdict, and the numbers behind it."""
-
-    claim: str
-    source: str
-    rule: str
-    verdict: str
-    because: str
-
-    def to_json(self) -> dict[str, str]:
-        """As plain JSON."""
-        return {
-            "claim": self.claim, "source": self.source, "rule": self.rule,
-            "verdict": self.verdict, "because": self.because,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Mean, lowest and highest over seeds."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if self.low == self.high:
-            return f"{self.mean:.4f}"
-        return f"{self.mean:.4f} ({self.low:.4f} to {self.high:.4f})"
 
 
 class Rows:
@@ -94,7 +62,7 @@ def _neutral(rows: Rows) -> Verdict:
         "Rotated Lloyd-Max codes of about 3 bits leave a model's words as they were.",
         "arXiv 2504.19874 (quality neutral at 3.5 bits)",
         f"KL of every setting of ours, every seed, <= {LOSSLESS_KL}",
-        _of_all(found, good), said and f"{said}. Within it: {_names(good)}",
+        of_all(found, good), said and f"{said}. Within it: {_names(good)}",
     )  # fmt: skip
 
 
@@ -153,7 +121,7 @@ def _rotation(rows: Rows) -> Verdict:
     return Verdict(
         "The rotation does most of the work.", "llama.cpp PR 21038; arXiv 2504.19874",
         "without it the KL is more than twice as large, everything else equal",
-        _of_all(said, better), "; ".join(said.values()),
+        of_all(said, better), "; ".join(said.values()),
     )  # fmt: skip
 
 
@@ -170,7 +138,7 @@ def _scores(rows: Rows) -> Verdict:
     return Verdict(
         "Pairs that a repetition of the context does not need can go.", "arXiv 2505.23416 (KVzip)",
         "KL less than half of that of as many pairs evicted at random",
-        _of_all(said, better), "; ".join(said.values()),
+        of_all(said, better), "; ".join(said.values()),
     )  # fmt: skip
 
 
@@ -196,7 +164,7 @@ def _first(rows: Rows) -> Verdict:
     return Verdict(
         "Ours loses least at the bytes it takes, everything counted.", "this library",
         "no peer of as many bytes or fewer has a lower KL",
-        _of_all(said, won), "; ".join(said.values()),
+        of_all(said, won), "; ".join(said.values()),
     )  # fmt: skip
 
 
@@ -210,7 +178,7 @@ def _seeds(rows: Rows) -> Verdict:
                 small.add(name)
     return Verdict(
         "It does not matter which rotation is drawn.", "arXiv 2504.19874 (any rotation will do)",
-        "KL of the seeds within a quarter of their mean", _of_all(said, small),
+        "KL of the seeds within a quarter of their mean", of_all(said, small),
         "; ".join(said.values()),
     )  # fmt: skip
 
@@ -218,12 +186,6 @@ def _seeds(rows: Rows) -> Verdict:
 _CLAIMS: Sequence[Callable[[Rows], Verdict]] = (
     _neutral, _steps, _needles, _rotation, _scores, _seeds, _first,
 )  # fmt: skip
-
-
-def _of_all(cases: Mapping[str, Any], good: set[str]) -> str:
-    if not cases:
-        return UNKNOWN
-    return HELD if good == set(cases) else ONLY if good else NOT
 
 
 def _mean(spread: Spread | None) -> float:

@@ -10,7 +10,8 @@ from ...report.curves import Range, spanning
 from ...report.document import document
 from ...report.markup import Html, join, tag
 from ...units import format_bytes
-from .claims import Rows, Spread, verdicts
+from ..verdict import Spread
+from .claims import Rows, verdicts
 
 _HEAD = (
     "cache", "bytes a token", "of 16 bits", "shared", "KL to float32", "perplexity", "top-1",

@@ -15,20 +15,21 @@ import json
 import platform
 import time
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...checkpoint import Lock, Store, write_text
-from ...errors import CheckpointError, DataError
+from ...checkpoint import Lock, Store
+from ...errors import DataError
+from ..stored import RESULT, begun, versions, write
 from . import measure, peers, task
 
-RESULT = "result.json"
+__all__ = ["FULL", "QUICK", "RESULT", "TINY", "Size", "run_study"]
+
 _FORMAT = 1
 _FIRST, _CALIBRATE_FROM = 20_000, 40_000  # tokens of the text
 _REPEAT = "\n\nRepeat the previous context exactly.\n"
@@ -91,7 +92,7 @@ def run_study(directory: Path, size: Size, told: Told = lambda _: None) -> dict[
         _part(directory, result, "chains", _chains(model, size), told)
         if size.english:
             _part(directory, result, "english", _english(size, result, told), told)
-        _write(directory, result)
+        write(directory, result)
     return result
 
 
@@ -100,38 +101,10 @@ def _begun(directory: Path, size: Size) -> dict[str, Any]:
     fresh: dict[str, Any] = {
         "study": "compressed-context", "format": _FORMAT, "size": json.loads(json.dumps(
             asdict(size)
-        )), "versions": versions(), "hardware": platform.processor() or platform.machine(),
+        )), "versions": versions(_PACKAGES), "hardware": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(), "rows": [],
     }  # fmt: skip
-    path = directory / RESULT
-    if not path.exists():
-        return fresh
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    for key in ("study", "format", "size", "versions"):
-        if not isinstance(found, dict) or found.get(key) != fresh[key]:
-            raise CheckpointError(
-                f"{path} is of another {key}", expected="what this command would write",
-                hint="Give another --directory, or remove that one.",
-            )  # fmt: skip
-    return found
-
-
-def _write(directory: Path, result: Mapping[str, Any]) -> None:
-    write_text(directory / RESULT, json.dumps(result, indent=1) + "\n")
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and of what takes part; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    return begun(directory, fresh, ("study", "format", "size", "versions"))
 
 
 # ---- the trained model -------------------------------------------------------------------------
@@ -196,7 +169,7 @@ def _part(
             row["shared_bytes"] = peer.shared()
             row["seconds"] = time.monotonic() - started
         result["rows"].append(row)
-        _write(directory, result)
+        write(directory, result)
         told(f"{part} {index + 1}/{len(listed)}: {peer.name} {row.get('missing', '')}".rstrip())
     order = {(part, peer.name, peer.seed): index for index, peer in enumerate(listed)}
     result["rows"].sort(  # as listed, also when some came later than others
