@@ -245,3 +245,16 @@ def test_loss_is_finite_at_both_ends_of_sigma():
     level = torch.tensor([0.002, 80.0], dtype=torch.float64)
     losses = EDM.losses(model.block(2), images, Draw(level, torch.randn(images.shape), None))
     assert all(map(math.isfinite, losses.tolist()))
+
+
+def test_a_share_of_block_ones_draws_is_where_a_chain_begins():
+    images, labels = torch.zeros(4000, 1, 2, 2), torch.zeros(4000, dtype=torch.int64)
+    for kind, law, top in (("edm", LogNormal(), 80.0), ("flow", FlowTime(), 1.0)):
+        parts = partition(law, 3)
+        shares = []
+        for block in (1, 2):
+            for share in (0.0, 0.3):
+                objective = Denoise(kind=kind, partition=parts, top_share=share)
+                draw = objective.draw(block, images, labels, torch.Generator().manual_seed(0))
+                shares.append(float((draw.level == top).double().mean()))
+        assert shares == [0.0, pytest.approx(0.3, abs=0.03), 0.0, 0.0]

@@ -230,3 +230,26 @@ def test_a_block_learns_what_follows_from_what():
 def test_levels_that_are_no_masking_are_refused():
     with pytest.raises(ConfigError, match="levels of kind mask"):
         MaskedDiffusion(partition=partition(LogNormal(), 2))
+
+
+def test_a_share_of_block_ones_texts_is_all_masked_and_the_bound_knows_nothing_of_it():
+    parts = partition(MaskTime(), 3)
+    tokens = torch.zeros(4000, 4, dtype=torch.int64)
+    for block, wanted in ((1, 0.3), (2, 0.0)):
+        objective = MaskedDiffusion(partition=parts, top_share=0.3)
+        draw = objective.draw(block, tokens, torch.Generator().manual_seed(0))
+        at_top = draw.level == 1.0
+        assert float(at_top.double().mean()) == pytest.approx(wanted, abs=0.03)
+        assert bool(draw.masked[at_top].all())
+    table = torch.eye(4)
+
+    def net(tokens, masked, noise, table):
+        return (tokens[..., None] == torch.arange(4)).float() + noise[:, None, None]
+
+    bounds = [
+        MaskedDiffusion(partition=parts, top_share=share).nelbo(
+            net, 1, tokens[:20], table, torch.Generator().manual_seed(0), draws=3
+        )
+        for share in (0.0, 0.9)
+    ]
+    assert torch.equal(*bounds)

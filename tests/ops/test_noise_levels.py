@@ -347,3 +347,12 @@ def test_counts_without_sense_are_refused():
 def test_laws_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         LogNormal().low = 1.0  # type: ignore[misc]
+
+
+def test_a_grid_of_no_given_length_calls_each_block_where_it_takes_over():
+    parts = partition(LogNormal(), 3, spacing="uniform")
+    assert parts.grid(None) == list(reversed(parts.edges))
+    owners = parts.route(torch.tensor(parts.grid(None), dtype=torch.float64)).tolist()
+    assert owners == [1, 2, 3, 3]
+    assert partition(LogNormal(), 3).grid(None) == pytest.approx(partition(LogNormal(), 3).grid(4))
+    assert parts.grid(None, first=5.0) == parts.grid(4, first=5.0)

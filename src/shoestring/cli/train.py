@@ -130,7 +130,7 @@ def run_blocks(arguments: BlockArguments, terminal: Terminal) -> int:
         terminal.emit(event)
         if event["event"] == "step":
             terminal.note(
-                f"block {event['block']}: update {event['step']} of {config.run.steps}, "
+                f"block {event['block']}: update {event['step']} of {config.updates}, "
                 f"loss {event['loss']:.4f}"
             )
 

@@ -225,7 +225,7 @@ class Causal(DiT):
     """B blocks of an autoregressive model and the frozen table that they share."""
 
     @staticmethod
-    def one(config: DiTConfig) -> Block:
+    def one(config: DiTConfig, block: int) -> Block:
         """A block of it."""
         assert isinstance(config, CausalConfig)
         return CausalBlock(config)

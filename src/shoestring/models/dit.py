@@ -12,7 +12,9 @@ positions. Tokens (N, T) are rows of the table (V, W), or a learned mask vector,
 positions; the readout is a projection into the table's space, whose product with the table is the
 logits. Rows of length 1 are multiplied by sqrt(W) on both ways: as they are, they make a nearly
 flat softmax. A classifier reads patches and one row more, the noised row of the table that stands
-for the class, and answers there with logits.
+for the class, and answers there with logits. It may read rows instead of the image: those that a
+frozen encoder or the block before it made of the image. Then the first of them, where the other
+network answered, is where it answers.
 
 Source: DiT, arXiv 2212.09748; DiffusionBlocks, arXiv 2506.14202, sections 3 and App. B; rotary
 positions, arXiv 2104.09864.
@@ -49,10 +51,14 @@ class Block(nn.Module):
     def run(self, x: Tensor, noise_N: Tensor, labels_N: Tensor | None) -> Tensor:
         """Embedded rows (N, T, D) to what the head gives, (N, T, out)."""
         condition = self.condition(noise_N, labels_N)
+        return self.finish(self.through(x, condition), condition)
+
+    def through(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Embedded rows (N, T, D) through the layers."""
         turns = self.turns(x)
         for layer in self.layers:
             x = layer(x, condition, turns)
-        return self.finish(x, condition)
+        return x
 
     def finish(self, x: Tensor, condition: Tensor) -> Tensor:
         """What the layers gave (N, T, D) to what the head gives, (N, T, out)."""
@@ -124,19 +130,52 @@ class ImageBlock(PatchBlock):
         return x.permute(0, 3, 1, 4, 2, 5).reshape(z.shape)
 
 
-class AnswerBlock(PatchBlock):
-    """A denoiser of an image's class, which reads the image."""
+class Answering(Block):
+    """A denoiser of an image's class."""
+
+    def rows_of(self, z_NW: Tensor, seen: Tensor) -> Tensor:
+        """z and what is read, embedded: (N, T + 1, D), the first row is the one that answers."""
+        raise NotImplementedError
+
+    def forward(self, z_NW: Tensor, noise_N: Tensor, seen: Tensor) -> Tensor:
+        """A noised row of the table (N, W), noise (N,), what is read -> logits (N, answers)."""
+        return self.run(self.rows_of(z_NW, seen), noise_N, None)[:, 0]
+
+    def rows(self, z_NW: Tensor, noise_N: Tensor, seen: Tensor) -> Tensor:
+        """The rows (N, T + 1, D) that stand behind the last layer."""
+        return self.through(self.rows_of(z_NW, seen), self.condition(noise_N, None))
+
+
+class AnswerBlock(Answering, PatchBlock):
+    """One that reads the image, (N, channels, height, size)."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config, config.row, config.answers)
         values = config.channels * config.patch_height * config.patch
         self.patches = nn.Linear(values, config.width)
 
-    def forward(self, z_NW: Tensor, noise_N: Tensor, images: Tensor) -> Tensor:
-        """A noised row of the table (N, W), noise (N,), images (N, channels, height, size) ->
-        logits (N, answers)."""
-        seen = self.patches(self.cut(images)) + self.positions
-        return self.run(torch.cat((self.embed(z_NW)[:, None], seen), dim=1), noise_N, None)[:, 0]
+    def rows_of(self, z_NW: Tensor, seen: Tensor) -> Tensor:
+        seen = self.patches(self.cut(seen)) + self.positions
+        return torch.cat((self.embed(z_NW)[:, None], seen), dim=1)
+
+
+class RowsBlock(Answering):
+    """One that reads rows (N, T + 1, V) of another network. Where V is its own width it begins by
+    taking them as they are."""
+
+    def __init__(self, config: DiTConfig, width: int) -> None:
+        super().__init__(config, config.row, config.answers)
+        self.stem = nn.Linear(width, config.width)
+
+    def rows_of(self, z_NW: Tensor, seen: Tensor) -> Tensor:
+        seen = self.stem(seen)
+        return torch.cat((seen[:, :1] + self.embed(z_NW)[:, None], seen[:, 1:]), dim=1)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        super().reset(generator)
+        if self.stem.in_features == self.stem.out_features:
+            self.stem.weight.copy_(torch.eye(self.stem.in_features))
 
 
 class TokenBlock(Block):
@@ -181,12 +220,15 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList([self.one(config) for _ in range(config.blocks)])
+        self.blocks = nn.ModuleList([self.one(config, b) for b in range(1, config.blocks + 1)])
         self.register_buffer("table", None, persistent=True)
 
     @staticmethod
-    def one(config: DiTConfig) -> Block:
-        """A block of what the shape is for."""
+    def one(config: DiTConfig, block: int) -> Block:
+        """Block 1..B of what the shape is for."""
+        reads = config.reads_rows(block)
+        if reads is not None:
+            return RowsBlock(config, reads[1])
         kind = AnswerBlock if config.answers else ImageBlock if config.size else TokenBlock
         return kind(config)
 

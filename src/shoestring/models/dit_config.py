@@ -37,6 +37,12 @@ class DiTConfig:
     """Tokens of a text."""
     table_width: int | None = None
     """Width of the table's rows; None = the width, or the number of rows where that is less."""
+    sequential: bool = False
+    """Answers: a block after the first reads the rows of the block before it, not the image."""
+    context_rows: int = 0
+    """Answers: rows that a frozen encoder makes of an image, which blocks read; 0 = none."""
+    context_width: int = 0
+    """Width of these rows."""
 
     def __post_init__(self) -> None:
         self._require(self.blocks >= 1, f"{self.blocks} blocks", "1 or more")
@@ -69,7 +75,11 @@ class DiTConfig:
                 not (self.answers and self.classes),
                 f"{self.answers} answers and {self.classes} classes to ask for", "one of the two",
             )  # fmt: skip
-        else:
+        self._require(
+            bool(self.answers) or not (self.sequential or self.context_rows),
+            "rows of another network without answers", "a classifier",
+        )  # fmt: skip
+        if not self.size:
             self._require(self.length >= 1, f"texts of {self.length} tokens", "1 or more")
             self._require(
                 self.width // self.heads % 2 == 0, f"heads of width {self.width // self.heads}",
@@ -107,9 +117,16 @@ class DiTConfig:
         """W: width of the table's rows."""
         return self.table_width or min(self.width, self.table_rows)
 
+    def reads_rows(self, block: int) -> tuple[int, int] | None:
+        """Rows and their width that a classifying block reads instead of the image's patches."""
+        if self.sequential and block > 1:
+            return self.positions + 1, self.width
+        return (self.context_rows, self.context_width) if self.context_rows else None
+
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
+        """As plain data. What came later is left out where it is not used."""
+        later = ("sequential", "context_rows", "context_width")
+        return {k: v for k, v in asdict(self).items() if v or k not in later}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "DiTConfig":

@@ -40,7 +40,8 @@ class Denoise:
     """How images are noised and what a block is asked for.
 
     data_std: deviation of the images' values (EDM).  label_dropout: share of the labels left out.
-    classes: 0 = the model takes no labels.
+    classes: 0 = the model takes no labels.  top_share: of block 1's draws, at the highest level,
+    where a chain begins and training hardly ever is.
     """
 
     kind: Kind
@@ -48,6 +49,7 @@ class Denoise:
     data_std: float = 0.5
     label_dropout: float = 0.1
     classes: int = 0
+    top_share: float = 0.0
 
     def __post_init__(self) -> None:
         law = self.partition.law
@@ -68,6 +70,9 @@ class Denoise:
             assert labels is not None
             left_out = torch.rand(len(images), generator=generator) < self.label_dropout
             kept = torch.where(left_out.to(labels.device), self.classes, labels)
+        if self.top_share and block == 1:
+            at_top = torch.rand(len(images), generator=generator) < self.top_share
+            level = torch.where(at_top, self.partition.law.high, level)
         return Draw(level, noise.to(images.device), kept)
 
     def losses(self, net: nn.Module, images: Tensor, draw: Draw) -> Tensor:

@@ -38,9 +38,11 @@ class Draw:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskedDiffusion:
-    """How texts are masked. ConfigError for noise levels that are no masking."""
+    """How texts are masked. top_share: of block 1's draws in training, all masked, where a text
+    begins; the bound knows nothing of it. ConfigError for noise levels that are no masking."""
 
     partition: Partition
+    top_share: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.partition.law, MaskTime):
@@ -53,6 +55,9 @@ class MaskedDiffusion:
         """What one step of a block needs beside the tokens: levels evenly over the block's share,
         which lowers the variance of the mean and keeps what it is right for."""
         level = self.partition.sample(block, len(tokens_NT), generator, even=True)
+        if self.top_share and block == 1:
+            at_top = torch.rand(len(tokens_NT), generator=generator) < self.top_share
+            level = torch.where(at_top, self.partition.law.high, level)
         return self.draw_at(level, tokens_NT, generator)
 
     def draw_at(self, level_N: Tensor, tokens_NT: Tensor, generator: torch.Generator) -> Draw:
@@ -94,7 +99,9 @@ class MaskedDiffusion:
         The sum over all blocks is an unbiased estimate of the whole bound.
         """
         # A bound is of the ranges that blocks own: what overlaps would be counted twice.
-        own = dataclasses.replace(self, partition=dataclasses.replace(self.partition, overlap=0.0))
+        own = dataclasses.replace(
+            self, partition=dataclasses.replace(self.partition, overlap=0.0), top_share=0.0
+        )
         ends = torch.tensor(own.partition.range(block), dtype=torch.float64)
         share = float(self.partition.law.mass(ends).diff())
         total = torch.zeros(len(tokens_NT), dtype=torch.float64)

@@ -259,9 +259,14 @@ class Partition:
         edges = torch.tensor(self.edges[1:-1], dtype=torch.float64, device=level.device).float()
         return self.blocks - torch.bucketize(level.float(), edges)
 
-    def grid(self, steps: int, *, first: float | None = None) -> list[float]:
+    def grid(self, steps: int | None, *, first: float | None = None) -> list[float]:
         """`steps` levels to call the denoiser at, descending from `first` (the highest, if not
-        given) to the lowest, evenly spaced in mass."""
+        given) to the lowest, evenly spaced in mass. None: one more than there are blocks; from
+        the highest down these are the edges, so that each block answers where it takes over."""
+        if steps is None and first is None:
+            return list(reversed(self.edges))
+        if steps is None:
+            steps = self.blocks + 1
         if steps < 2:
             raise ConfigError(f"{steps} steps", expected="2 or more: the first and the last level")
         start = self.law.high if first is None else first

@@ -81,6 +81,20 @@ def test_a_worker_killed_at_random_changes_no_bit(ray, images, folder):
         assert peak["gradients"] <= own
 
 
+def test_blocks_on_top_of_each_other_run_one_after_the_other(ray, images, folder):
+    switches = {"objective": "labels", "sequential": True, "chain_steps": 4}
+    config = changed(images, blockwise=switches, run={"threads": 1})
+    done = train_on_ray(elsewhere(config, folder / "ray"))
+    assert [(each.block, each.status, each.updates) for each in done] == [
+        (1, "finished", 10),
+        (2, "finished", 10),
+    ]
+    train_every_block(elsewhere(config, folder / "alone"))
+    for block in (1, 2):
+        one, other = (state_of(elsewhere(config, folder / d), block) for d in ("ray", "alone"))
+        assert equal(one, other)
+
+
 def test_blocks_of_a_text_from_left_to_right_are_jobs_too(ray, text, folder):
     config = changed(text, blockwise={"objective": "tokens"}, run={"threads": 1})
     config, alone = elsewhere(config, folder / "ray"), elsewhere(config, folder / "alone")

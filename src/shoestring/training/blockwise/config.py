@@ -115,9 +115,9 @@ class BlocksConfig:
     objective: Literal["edm", "flow", "masked", "labels", "tokens"] = "edm"
     """edm or flow for images, masked for text, labels to classify images; tokens for text from left
     to right (experimental)."""
-    spacing: Literal["equal", "uniform", "log"] = "equal"
-    """Edges between the blocks' noise levels: equal shares of the training, or evenly in the level
-    or its logarithm."""
+    spacing: Literal["equal", "uniform", "log", "useful"] = "equal"
+    """Edges between the blocks' noise levels: equal shares of the training; evenly in the level or
+    its logarithm; or equal shares of what the input tells beyond z (edm, flow, labels)."""
     overlap: float = 0.05
     """How far a block's training reaches into its neighbours' levels, as a share of its own."""
     sigma_min: float = 0.002
@@ -137,7 +137,26 @@ class BlocksConfig:
     label_dropout: float = 0.1
     """edm, flow: share of the labels left out, which guidance needs."""
     top_share: float = 0.0
-    """labels, tokens: share of block 1's draws at the highest noise, where an answer begins."""
+    """Share of block 1's draws that are at the highest noise, where a chain begins."""
+    top_blocks: Literal["first", "all"] = "first"
+    """labels: whose draws these are, block 1's or each block's."""
+    context: str = ""
+    """labels: a merged model of labels with one block (its directory, or its run), whose rows each
+    block reads instead of the image; they are made once, and lie on disk. Empty = none."""
+    sequential: bool = False
+    """labels: a block reads the rows of the finished block before it, kept on disk, instead of the
+    image. Blocks are then trained one after another."""
+    chain_steps: int = 0
+    """labels: further updates of a block, whose z come from the chain of the finished blocks before
+    it; needed in order."""
+    chain_rate: float = 0.3
+    """Highest learning rate of these, as a share of optim.lr."""
+    quiet_start: bool = False
+    """labels: a block begins with a fixed row in which z is a tenth of what it else is. At high
+    levels z is nothing but noise, which a small network may take long to see past."""
+    within: Literal["keep", "recompute", "offload"] = "keep"
+    """How a job runs its own block's layers: as they are, recomputed in backward, or with what
+    backward needs moved to the CPU. All give the same bits."""
     beside: bool = True
     """tokens: noised rows begin with the clean row beside them, as the paper's do not."""
     mixed_every: int = 2
@@ -150,6 +169,7 @@ class BlocksConfig:
     def __post_init__(self) -> None:
         _at_least(1, "blockwise", self, "blocks")
         _share("blockwise", self, "label_dropout", "top_share")
+        _at_least(0, "blockwise", self, "chain_steps", "chain_rate")
         _require(0 <= self.overlap < 1, "blockwise.overlap", self.overlap, "a share below 1")
         _require(self.data_std > 0, "blockwise.data_std", self.data_std, "more than 0")
         _at_least(0, "blockwise", self, "time_std", "mixed_every")
@@ -158,10 +178,39 @@ class BlocksConfig:
                 f"blockwise.spacing = 'log' with objective {self.objective!r}",
                 expected="equal or uniform: its levels begin at 0",
             )
+        if self.spacing == "useful" and self.objective in ("masked", "tokens"):
+            raise ConfigError(
+                f"blockwise.spacing = 'useful' with objective {self.objective!r}",
+                expected="equal, uniform or log: it is for edm, flow and labels",
+            )
+        self._check_labels_only()
         if self.table and self.objective not in ("masked", "labels", "tokens"):
             raise ConfigError(
                 f"blockwise.table is set with objective {self.objective!r}",
                 expected="no table: images are their own targets",
+            )
+
+    def _check_labels_only(self) -> None:
+        if self.objective != "labels":
+            why = {
+                "top_blocks": "first: later blocks' chains never are at the highest noise",
+                "context": "no context: a model that draws has no input beside what it denoises",
+                "sequential": "false: what a block would read is the noise that it denoises",
+                "quiet_start": "false: what is denoised is all that a block reads",
+                "chain_steps": "0: of a drawn image or text nobody knows what it should have been",
+            }
+            for name, expected in why.items():
+                value = getattr(self, name)
+                if value not in ("first", "", False, 0):
+                    raise ConfigError(
+                        f"blockwise.{name} = {value!r} with objective {self.objective!r}",
+                        expected=expected, hint="It is for objective = 'labels'.",
+                    )  # fmt: skip
+        if self.context and self.sequential:
+            raise ConfigError(
+                "blockwise.context and blockwise.sequential are both set",
+                expected="one of them: a block reads the encoder's rows, or those of the block "
+                "before it",
             )
 
 
@@ -198,6 +247,16 @@ class BlockwiseConfig:
                 expected="a divisor of the layers",
                 hint=f"The nearest: {near}.",
             )
+        if self.blockwise.sequential and 0 < self.run.turn < self.run.steps:
+            raise ConfigError(
+                f"run.turn = {self.run.turn} with blockwise.sequential",
+                expected="0: a block is finished before the next one begins",
+            )
+
+    @property
+    def updates(self) -> int:
+        """Of each block in all."""
+        return self.run.steps + self.blockwise.chain_steps
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "BlockwiseConfig":

@@ -26,17 +26,24 @@ def train_every_block(
     task = task_of(config)
     config = cleared(config)
     ended: dict[int, Trained] = {}
-    steps = config.run.steps
-    turn = config.run.turn or steps
-    for until in range(turn, steps + turn, turn):
+    for until in turns(config):
         for block in range(1, config.blockwise.blocks + 1):
-            ended[block] = train_block(
-                config, block, task=task, until=min(until, steps), progress=progress
-            )
+            ended[block] = train_block(config, block, task=task, until=until, progress=progress)
             gc.collect()  # the block that just ended, before the next one is made
             if ended[block].status == "interrupted":
                 return list(ended.values())
     return list(ended.values())
+
+
+def turns(config: BlockwiseConfig) -> list[int]:
+    """Up to which update each block is trained when it has its turn. Updates along the chain come
+    last and in one turn: they need the blocks before it as they stay."""
+    steps = config.run.steps
+    if not config.run.turn:
+        return [config.updates]
+    found = [min(until, steps) for until in range(config.run.turn, steps + config.run.turn,
+                                                  config.run.turn)]  # fmt: skip
+    return found if config.updates == steps else [*found, config.updates]
 
 
 def cleared(config: BlockwiseConfig) -> BlockwiseConfig:

@@ -25,13 +25,16 @@ from ...checkpoint import Checkpoint, Lock, Store, atomic_directory, write_text
 from ...checkpoint.tensors import write_tensors
 from ...errors import CheckpointError, ConfigError, TrainingDiverged
 from ...meter import Meter
+from ...methods import apply_spans
+from ...stack import Span, Stack
 from ..distributed import World, pick_device
 from ..interruption import Interruption
 from ..optimizer import clip_, gradient_norm, optimizer_factory, set_learning_rate
 from ..receipt import environment
 from ..schedule import learning_rate
-from ..snapshot import STATE, Snapshot, restore
+from ..snapshot import MODEL, STATE, Snapshot, restore
 from .config import BlockwiseConfig
+from .handed import file_digest, stands_on
 from .task import Task, fresh, task_of
 
 Progress = Callable[[dict[str, Any]], None]
@@ -70,8 +73,10 @@ def train_block(
         torch.set_num_threads(config.run.threads)
     with Interruption() as interruption, Job(config, block, task, progress) as job:
         interruption.waits = True
-        last = min(config.run.steps, until or config.run.steps)
+        last = min(config.updates, until or config.updates)
         while job.updates < last and not interruption.asked:
+            if job.updates == config.run.steps:
+                job.begin_chain()
             job.update()
             every = config.run.save_every
             if every and job.updates % every == 0 and job.updates < last:
@@ -129,9 +134,12 @@ class Job:
         found = newest(self.store)
         self.identity = self.task.identity()
         facts = found.json(STATE) if found else None
+        chained = found is not None and found.step > self.config.run.steps
+        self.before = self.task.stands_on(self.block, chained=chained)
         if facts is not None:
             assert found is not None
             check_same(self.identity, facts, f"when {found.path} was saved")
+            self._check_before(facts)
         self.model = fresh(self.task, self.block, self.world.device)
         self.net = self.model.block(self.block)
         make = optimizer_factory(self.config.optim, self.world.device)
@@ -140,6 +148,10 @@ class Job:
             restore(found, self.net, self.optimizer, self.world)
             self.updates = self.saved = found.step
             self.seconds, self.peak = facts["seconds"], facts["peak"]
+        within = self.config.blockwise.within
+        if within != "keep":
+            layers = len(self.net.layers)
+            apply_spans(Stack.of(self.net), [Span(start=0, stop=layers, method=within)])
         self._begin_files()
 
     def _begin_files(self) -> None:
@@ -151,6 +163,7 @@ class Job:
         if table is not None:
             with atomic_directory(self.directory / "table", known := {}) as temporary:
                 known[TABLE] = write_tensors(temporary / TABLE, {"table": table})
+        self.task.begin_files(self.directory)
         path = self.directory / "metrics.jsonl"
         kept = [line for line in _lines(path) if line["step"] <= self.updates]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -158,6 +171,22 @@ class Job:
             "begin", step=self.updates, layers=len(self.net.layers),
             parameters=sum(p.numel() for p in self.net.parameters()),
         )  # fmt: skip
+
+    def _check_before(self, facts: dict[str, Any]) -> None:
+        if facts.get("before") != self.before:
+            raise ConfigError(
+                f"block {self.block} was trained on a block {self.block - 1} that is not the one "
+                f"in {self.directory.parent} now",
+                expected="the blocks that it was trained on",
+                hint="Train it again: run.replace with --block.",
+            )
+
+    def begin_chain(self) -> None:
+        """What updates along the chain need. ConfigError where the block before is not finished;
+        what was trained is then saved."""
+        if self.updates > self.saved:
+            self.save()
+        self.before = self.task.stands_on(self.block, chained=True)
 
     def update(self) -> None:
         """One update. TrainingDiverged before anything is changed."""
@@ -174,7 +203,7 @@ class Job:
             loss, norm, lr = self._update()
         self.updates += 1
         self.seconds += time.monotonic() - started
-        if self.updates % max(1, self.config.run.steps // LINES) == 0 or self.updates == 1:
+        if self.updates % max(1, self.config.updates // LINES) == 0 or self.updates == 1:
             line = {"step": self.updates, "loss": loss, "norm": norm, "lr": lr}
             with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -182,9 +211,7 @@ class Job:
 
     def _update(self) -> tuple[float, float, float]:
         settings, step = self.config.optim, self.updates + 1
-        lr = learning_rate(
-            self.config.schedule, step, peak=settings.lr, steps=self.config.run.steps
-        )
+        lr = self._learning_rate(step)
         set_learning_rate(self.optimizer, lr)
         losses = []
         for part in range(settings.accumulate):
@@ -206,13 +233,22 @@ class Job:
         self.optimizer.zero_grad(set_to_none=True)
         return total, size, lr
 
+    def _learning_rate(self, step: int) -> float:
+        """Updates along the chain have the same schedule once more, lower."""
+        config, steps = self.config, self.config.run.steps
+        if step <= steps:
+            return learning_rate(config.schedule, step, peak=config.optim.lr, steps=steps)
+        more = config.blockwise.chain_steps
+        peak = config.optim.lr * config.blockwise.chain_rate
+        return learning_rate(config.schedule, step - steps, peak=peak, steps=more)
+
     def save(self) -> None:
         """A checkpoint of the block as it is."""
         snapshot = Snapshot.of(
             self.net, self.optimizer, self.world,
-            block=self.block, step=self.updates, steps=self.config.run.steps,
-            identity=self.identity, seed=self.config.run.seed, seconds=self.seconds,
-            peak=self.peak,
+            block=self.block, step=self.updates, steps=self.config.updates,
+            before=self.before, identity=self.identity, seed=self.config.run.seed,
+            seconds=self.seconds, peak=self.peak,
         )  # fmt: skip
         texts = {**snapshot.texts(), "config.toml": self.config.to_toml()}
         path = self.store.save(self.updates, tensors=snapshot.tensors, texts=texts)
@@ -221,7 +257,9 @@ class Job:
 
     def end(self, *, interrupted: bool) -> Trained:
         """Evaluates where the block is finished, and writes the receipt."""
-        is_done = self.updates >= self.config.run.steps
+        is_done = self.updates >= self.config.updates
+        if is_done:
+            self._hand_over()
         status = "interrupted" if interrupted else "finished" if is_done else "paused"
         receipt = {
             "status": status,
@@ -238,6 +276,12 @@ class Job:
         write_text(self.directory / "receipt.json", json.dumps(receipt, indent=1) + "\n")
         self.tell("end", status=status, step=self.updates, held_out=receipt["held_out"])
         return Trained(self.directory, self.block, self.updates, status, receipt)
+
+    def _hand_over(self) -> None:
+        found = newest(self.store)
+        assert found is not None
+        of = stands_on(self.before, file_digest(found.path, MODEL))
+        self.task.hand_over(self.net, self.block, of)
 
     def _held_out(self) -> dict[str, float] | None:
         """Held-out numbers of the finished block; those it has where nothing was done here."""
@@ -321,7 +365,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def remove(directory: Path) -> None:
     """What an earlier training of the block left; what is not of it stays."""
-    for name in ("checkpoints", "table"):
+    for name in ("checkpoints", "table", "handed", "context"):
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in ("metrics.jsonl", "receipt.json", "attempts.jsonl"):
         (directory / name).unlink(missing_ok=True)

@@ -6,8 +6,10 @@ from file to file a tensor at a time. Blocks must agree in format, shape, noise 
 table and data; they may come from other machines, seeds and numbers of updates.
 """
 
+import itertools
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,8 @@ from ...objectives.masked_diffusion import MaskedDiffusion
 from ...objectives.token_denoising import OWN_BITS, TokenDenoising
 from ...ops.noise_levels import Partition
 from ..snapshot import MODEL, STATE
+from .encoder import CONTEXT
+from .handed import file_digest, stands_on
 from .job import TABLE, differences, newest
 from .task import FORMAT, table_digest
 
@@ -90,6 +94,7 @@ def merge(directories: Sequence[str | Path], into: str | Path | None = None) -> 
     first = blocks[0]
     for each in blocks[1:]:
         _check_alike(first, each)
+    _check_order(blocks)
     shape = shape_of(first.facts["identity"]["model"])
     _check_complete(blocks, shape.blocks)
     tensors = _tensors(blocks, shape)
@@ -113,7 +118,19 @@ def merge(directories: Sequence[str | Path], into: str | Path | None = None) -> 
         known[WEIGHTS] = write_tensors(temporary / WEIGHTS, tensors)
         text = json.dumps(facts, indent=1) + "\n"
         (temporary / FACTS).write_text(text, encoding="utf-8", newline="\n")
+        if "context" in facts:
+            _copy_encoder(first, temporary / CONTEXT, facts["context"])
     return final
+
+
+def _copy_encoder(found: Found, into: Path, digest: str) -> None:
+    place = found.directory / CONTEXT
+    if not verify(place) or file_digest(place, WEIGHTS) != digest:
+        raise CheckpointError(
+            f"{place} is not the encoder that block {found.block} was trained with",
+            expected=f"a merged model whose weights have sha256 {digest}",
+        )
+    shutil.copytree(place, into)
 
 
 def _all_blocks(paths: Sequence[Path]) -> list[Found]:
@@ -183,6 +200,21 @@ def _check_alike(first: Found, other: Found) -> None:
         expected="blocks of one network",
         hint=hint,
     )
+
+
+def _check_order(blocks: Sequence[Found]) -> None:
+    """ConfigError for a block that was trained on others than the one before it."""
+    for before, each in itertools.pairwise(blocks):
+        wanted = each.facts.get("before")
+        is_next = each.block == before.block + 1
+        mine = stands_on(before.facts.get("before"), file_digest(before.saved.path, MODEL))
+        if wanted is not None and is_next and wanted != mine:
+            raise ConfigError(
+                f"block {each.block} ({each.directory}) was trained on another block "
+                f"{before.block} than the one of {before.directory}",
+                expected="blocks that were trained one on the other",
+                hint=f"Train block {each.block} again.",
+            )
 
 
 def _check_complete(blocks: Sequence[Found], count: int) -> None:
@@ -271,6 +303,8 @@ class Merged:
     model: DiT | Wrapped
     objective: Objective
     facts: Mapping[str, Any]
+    encoder: "Merged | None" = None
+    """What makes rows of images for the blocks, where they read these."""
 
     @property
     def partition(self) -> Partition:
@@ -307,7 +341,8 @@ def load_merged(path: str | Path, *, device: torch.device | str = "cpu") -> Merg
         model.load_state_dict(state, strict=True, assign=True)
     except (SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{place / WEIGHTS} does not fit: {error}") from error
-    return Merged(model.to(device).eval().requires_grad_(False), objective, facts)
+    encoder = load_merged(place / CONTEXT, device=device) if "context" in facts else None
+    return Merged(model.to(device).eval().requires_grad_(False), objective, facts, encoder)
 
 
 def _empty(shape: DiTConfig | WrappedConfig) -> DiT | Wrapped:

@@ -60,14 +60,28 @@ def train_on_ray(
         gpus = 1 if pick_device(config.run.device).type == "cuda" else 0
         job = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=restarts)(_job)
         text = config.to_toml()
-        waiting = {
-            job.remote(text, block, threads): block
-            for block in range(1, config.blockwise.blocks + 1)
-        }
-        return _collect(ray, config, waiting, progress)
+        done: dict[int, Trained] = {}
+        for blocks, until in rounds(config):
+            waiting = {job.remote(text, block, threads, until): block for block in blocks}
+            ended = _collect(ray, config, waiting, progress)
+            done.update({each.block: each for each in ended})
+            if any(each.status == "interrupted" for each in ended):
+                break
+        return [done[block] for block in sorted(done)]
     finally:
         if ours:
             ray.shutdown()
+
+
+def rounds(config: BlockwiseConfig) -> list[tuple[list[int], int]]:
+    """(blocks whose jobs run at once, up to which update), one round after the other: what stands
+    on another block waits for it."""
+    blocks = list(range(1, config.blockwise.blocks + 1))
+    in_order = [([block], config.updates) for block in blocks]
+    if config.blockwise.sequential:
+        return in_order
+    apart = [(blocks, config.run.steps)]
+    return [*apart, *in_order] if config.blockwise.chain_steps else apart
 
 
 def _ray() -> Any:
@@ -134,13 +148,13 @@ def _collect(
     return [done[block] for block in sorted(done)]
 
 
-def _job(text: str, block: int, threads: int) -> str:
+def _job(text: str, block: int, threads: int, until: int) -> str:
     """What a worker does: one block, from settings to receipt, as text."""
     try:
         config = toml.from_table(tomllib.loads(text), BlockwiseConfig)
         torch.set_num_threads(threads)
         _note_attempt(config, block)
-        done = train_block(config, block)
+        done = train_block(config, block, until=until)
         return json.dumps({"updates": done.updates, "status": done.status, "receipt": done.receipt})
     except ShoestringError as error:
         return json.dumps({"error": type(error).__name__, "message": str(error)})

@@ -25,6 +25,7 @@ from ...objectives.denoise import Denoise, Draw
 from ...objectives.label_denoising import LabelDenoising
 from ...objectives.masked_diffusion import MaskedDiffusion, bits_per_token
 from ...ops.preconditioning import euler_step
+from .encoder import rows_of
 from .merging import Merged
 
 # N samples, T tokens, K levels
@@ -71,9 +72,7 @@ def sample_images(
     """
     objective, shape = _images(merged), merged.model.config
     labels_N = _labels(labels, count, shape.classes)
-    grid = merged.partition.grid(
-        merged.partition.blocks + 1 if steps is None else steps, first=first
-    )
+    grid = merged.partition.grid(steps, first=first)
     noise = torch.randn(
         count, shape.channels, shape.tall, shape.size, generator=torch.Generator().manual_seed(seed)
     )
@@ -141,24 +140,43 @@ def classify(
         raise ConfigError(f"{draws} draws", expected="1 or more")
     generator = torch.Generator().manual_seed(seed)
     start = merged.partition.law.high if first is None else first
-    grid = [start]
-    if steps != 1:
-        grid = merged.partition.grid(
-            merged.partition.blocks + 1 if steps is None else steps, first=start
-        )
+    grid = [start] if steps == 1 else merged.partition.grid(steps, first=first)
     total = torch.zeros(len(images), len(table), device=table.device)
+    read = Read(merged, images)
     for _ in range(draws):
         z = torch.randn(len(images), table.shape[1], generator=generator).to(table.device)
         z = z * (start**2 + 1 / table.shape[1]) ** 0.5
         for level, following in itertools.zip_longest(grid, grid[1:]):
             levels = torch.full((len(images),), level, dtype=torch.float64, device=table.device)
-            net = merged.model.block(_owner(merged, level))
-            logits = objective.logits(net, z, levels, images)
+            block = _owner(merged, level)
+            logits = objective.logits(merged.model.block(block), z, levels, read.by(block))
             if following is not None:
                 to = torch.full_like(levels, following)
                 z = euler_step(z, label_denoising.denoised(logits, table), levels, to)
         total += logits.softmax(dim=1)
     return total / draws
+
+
+class Read:
+    """What each block reads of some images, made once for all draws and levels."""
+
+    def __init__(self, merged: Merged, images: Tensor) -> None:
+        self._merged, self._last = merged, 1
+        self._first = images if merged.encoder is None else rows_of(merged.encoder, images)
+        self._rows = self._first
+
+    def by(self, block: int) -> Tensor:
+        """The images, the encoder's rows, or those of the block before."""
+        config = self._merged.model.config
+        if not (isinstance(config, DiTConfig) and config.sequential):
+            return self._first
+        if block < self._last:
+            self._rows, self._last = self._first, 1
+        while self._last < block:
+            net, objective = self._merged.model.block(self._last), _answers(self._merged)
+            self._rows = objective.rows(net, self._rows, config.row)
+            self._last += 1
+        return self._rows
 
 
 @torch.no_grad()

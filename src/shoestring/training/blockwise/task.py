@@ -5,7 +5,6 @@ the block and the step. So a block's training does not depend on what else its p
 random has to be saved to go on with it, and blocks trained in turn are those trained apart.
 """
 
-import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
@@ -14,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError
 from ...models.dit import Block, DiT, unit_table
 from ...models.dit_config import DiTConfig
 from ...models.wrapped import Wrapped, WrappedBlock
 from ...models.wrapped_config import WrappedConfig
 from ...objectives import denoise, masked_diffusion
 from ...objectives.denoise import Denoise
-from ...objectives.label_denoising import LabelDenoising, nearest_ref
 from ...objectives.masked_diffusion import MaskedDiffusion
 from ...ops.noise_levels import FlowTime, Law, LogNormal, MaskTime, Partition, partition
 from .config import BlocksConfig, BlockwiseConfig
@@ -59,6 +56,19 @@ class Task(ABC):
     @abstractmethod
     def loss(self, net: Denoiser, block: int, generator: torch.Generator) -> Tensor:
         """The loss of a microbatch that the generator draws, a scalar with its graph."""
+
+    def stands_on(self, block: int, *, chained: bool) -> str | None:
+        """Open what other blocks left for this one, and name it; None where it needs nothing.
+
+        chained: for updates after `run.steps`. ConfigError where it is not there yet.
+        """
+        return None
+
+    def begin_files(self, directory: Path) -> None:  # noqa: B027
+        """What merging needs of the task beside the table, into the block's folder."""
+
+    def hand_over(self, net: Denoiser, block: int, of: str) -> None:  # noqa: B027
+        """Leave in the finished block's folder what others need of it; `of`: its name."""
 
     @abstractmethod
     def evaluate(self, net: Denoiser, block: int) -> dict[str, float]:
@@ -106,7 +116,7 @@ class Images(Task):
             data.source, data.held_out, latent=bool(config.model.diffusers)
         )
         self.data_digest = self.train.digest
-        self.parts = parts_of(settings)
+        self.parts = parts_of(settings, self.train)
         self.shape = self._shape()
         self.objective = Denoise(
             kind="flow" if settings.objective == "flow" else "edm",
@@ -114,6 +124,7 @@ class Images(Task):
             data_std=settings.data_std,
             label_dropout=settings.label_dropout,
             classes=self.train.classes,
+            top_share=settings.top_share,
         )
 
     def _shape(self) -> DiTConfig | WrappedConfig:
@@ -158,79 +169,6 @@ class Images(Task):
             yield part, generator_of(0, 0, number, 0)
 
 
-class Answers(Task):
-    """Classifying images: their labels' rows are denoised, the images only read."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, config: BlockwiseConfig) -> None:
-        super().__init__(config)
-        data, settings = config.data, config.blockwise
-        self.train, self.held_out = read_pictures(data.source, data.held_out)
-        self.data_digest = self.train.digest
-        classes = self.train.classes
-        if classes < 2:
-            raise DataError(
-                f"{data.source} has {classes} classes", expected="`labels` of 2 classes or more"
-            )
-        self.parts = parts_of(settings)
-        self.objective = LabelDenoising(partition=self.parts, top_share=settings.top_share)
-        self.table = (
-            read_table(Path(settings.table), classes)
-            if settings.table
-            else unit_table(classes, min(classes, config.model.hidden_size), seed=config.run.seed)
-        )
-        self.shape = DiTConfig(
-            answers=classes, table_width=self.table.shape[1], **image_shape(config, self.train)
-        )
-
-    def objective_facts(self) -> dict[str, Any]:
-        """Kind only: what a row's deviation is follows from the table."""
-        return {"kind": "labels"}
-
-    def loss(self, net: Denoiser, block: int, generator: torch.Generator) -> Tensor:
-        """See `LabelDenoising`."""
-        assert self.table is not None
-        count = self.config.data.batch_size
-        rows = torch.randint(len(self.train), (count,), generator=generator)
-        images, labels = self.train.batch(rows, self.device)
-        assert labels is not None
-        draw = self.objective.draw(block, count, self.table.shape[1], generator)
-        return self.objective.losses(net, images, labels, draw, self.table).mean()
-
-    @torch.no_grad()
-    def evaluate(self, net: Denoiser, block: int) -> dict[str, float]:
-        """Accuracy over the block's own levels, with the images, with those of others, and of one
-        who sees none; of block 1 also at the highest level, where z says nothing."""
-        assert self.table is not None
-        sums: dict[str, float] = {}
-        rows = torch.arange(min(HELD_OUT, len(self.held_out)))
-        images, labels = self.held_out.batch(rows, self.device)
-        assert labels is not None
-        plain = dataclasses.replace(self.objective, top_share=0.0)
-        draw = plain.draw(block, len(rows), self.table.shape[1], generator_of(0, 0, block, 0))
-        z = plain.noised(labels, draw, self.table)
-
-        def right(answered: Tensor) -> float:
-            return float((answered.argmax(dim=1) == labels).double().mean())
-
-        logits = plain.logits(net, z, draw.level, images)
-        sums["loss"] = float(F.cross_entropy(logits, labels))
-        sums["accuracy"] = right(logits)
-        other = images.roll(1, dims=0)
-        sums["accuracy with other images"] = right(plain.logits(net, z, draw.level, other))
-        sums["accuracy without images"] = right(nearest_ref(z.cpu(), draw.level, self.table.cpu())
-                                                .to(labels.device))  # fmt: skip
-        if block == 1:
-            top = torch.full_like(draw.level, self.parts.law.high)
-            at = dataclasses.replace(draw, level=top)
-            z = plain.noised(labels, at, self.table)
-            logits = plain.logits(net, z, top, images)
-            sums["loss at the top"] = float(F.cross_entropy(logits, labels))
-            sums["accuracy at the top"] = right(logits)
-        return sums
-
-
 class Texts(Task):
     """Masked diffusion of bytes."""
 
@@ -242,7 +180,7 @@ class Texts(Task):
         self.train, self.held_out = read_letters(data.source, data.held_out, data.sequence_length)
         self.data_digest = self.train.digest
         self.parts = parts_of(settings)
-        self.objective = MaskedDiffusion(partition=self.parts)
+        self.objective = MaskedDiffusion(partition=self.parts, top_share=settings.top_share)
         self.table = (
             read_table(Path(settings.table), VOCABULARY)
             if settings.table
@@ -291,8 +229,11 @@ def task_of(config: BlockwiseConfig) -> Task:
         from .tokens import Tokens
 
         return Tokens(config)
-    kinds: dict[str, type[Task]] = {"masked": Texts, "labels": Answers}
-    return kinds.get(config.blockwise.objective, Images)(config)
+    if config.blockwise.objective == "labels":
+        from .answers import Answers
+
+        return Answers(config)
+    return (Texts if config.blockwise.objective == "masked" else Images)(config)
 
 
 def image_shape(config: BlockwiseConfig, data: Pictures) -> dict[str, Any]:
@@ -308,8 +249,10 @@ def image_shape(config: BlockwiseConfig, data: Pictures) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def parts_of(settings: BlocksConfig) -> Partition:
-    """Who owns which noise, from the settings."""
+def parts_of(
+    settings: BlocksConfig, data: Pictures | None = None, table: Tensor | None = None
+) -> Partition:
+    """Who owns which noise, from the settings, and from the data where these say so."""
     laws: dict[str, Law] = {}
     if settings.objective in ("edm", "labels", "tokens"):
         laws["edm"] = laws["labels"] = laws["tokens"] = LogNormal(
@@ -319,6 +262,11 @@ def parts_of(settings: BlocksConfig) -> Partition:
     laws["flow"] = FlowTime(std=settings.time_std or None)
     laws["masked"] = MaskTime(alpha=settings.alpha)
     law = laws[settings.objective]
+    if settings.spacing == "useful":
+        from .useful import useful_parts
+
+        assert data is not None
+        return useful_parts(law, settings, data, table)
     return partition(law, settings.blocks, spacing=settings.spacing, overlap=settings.overlap)
 
 
