@@ -7,6 +7,7 @@ the budget: everything kept, the loss in chunks, layers run again, weights strea
 simulated over a whole round of turns, with each kind of update.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -84,12 +85,12 @@ class Objective:
 
     def at(self, step: int) -> LossFunction:
         """The loss of an update; to be called once for each of its microbatches, in order."""
-        parts = iter(range(1 << 62))
+        parts = itertools.count()
         seed = self.config.run.seed
 
-        def draw(block: int, *sizes: int) -> Draw:
+        def draw(block: int, count: int, length: int, width: int) -> Draw:
             generator = generator_of(seed, block, step, next(parts))
-            return self.denoising.draw(block, *sizes, generator)
+            return self.denoising.draw(block, count, length, width, generator)
 
         return self._loss(self.kind(step), draw)
 
@@ -148,7 +149,8 @@ def plan_in_turns(
     """
     limit = None if config.run.budget == "none" else config.run.budget
     most = None if limit is None else budget_bytes(limit, None, objective.device)
-    rows, smallest = [], None
+    rows: list[Row] = []
+    smallest: Plan | None = None
     for patches, redo in _candidates(config, methods):
         try:
             plan = _simulated(config, build, batch, patches, redo, objective, optimizer, with_loss)
