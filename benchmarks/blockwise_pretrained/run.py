@@ -44,7 +44,7 @@ from shoestring.training.loop import train
 from shoestring.training.receipt import environment
 
 RESULTS = Path(__file__).parent / "results"
-UPDATES, SHORT, TURN, BLOCKS = 120, 24, 10, 6
+UPDATES, SHORT, TURN, BLOCKS = 96, 24, 8, 6
 ROWS, TOKENS, HELD_OUT = 2, 256, 12  # rows; tokens of a row; batches that are scored
 CHARACTERS = 700_000
 STREAMED = "620MiB"

@@ -24,7 +24,7 @@ from .config import RunConfig
 from .distributed import World
 from .optimizer import OptimizerFactory
 from .step import LossFunction
-from .turns import Objective, plan_in_turns
+from .turns import InTurnsPlanner, Objective
 
 Build = Callable[[], nn.Module]
 
@@ -49,10 +49,11 @@ def make_plan(
     """
     if config.turns.blocks:
         assert objective is not None
-        return plan_in_turns(
-            config, build, _with_waiting(batch, config), objective=objective, optimizer=optimizer,
-            methods=_methods_beside_turns(config, world), with_loss=_as_in_update,
-        )  # fmt: skip
+        return InTurnsPlanner(
+            config=config, build=build, batch=_with_waiting(batch, config), objective=objective,
+            methods=_methods_beside_turns(config, world), optimizer=optimizer,
+            with_loss=_as_in_update,
+        ).plan()  # fmt: skip
     if config.plan.file:
         chosen = Plan.from_json(read_plan(config.plan.file))
         refuse_other_weights(config.plan.file, chosen)

@@ -9,14 +9,14 @@ simulated over a whole round of turns, with each kind of update.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import OutOfBudget, ShoestringError
-from ..methods import METHODS, Method
+from ..methods import METHODS
 from ..objectives.decoder_denoising import DecoderDenoising, Draw
 from ..objectives.next_token import Batch
 from ..objectives.scaffolding import layers_of_block, put_scaffolding
@@ -132,116 +132,117 @@ def active_block(stack: Stack, blocks: int) -> int:
 # ---- the plan ----------------------------------------------------------------------------------
 
 
-def plan_in_turns(
-    config: RunConfig,
-    build: Build,
-    batch: Batch,
-    *,
-    methods: Sequence[str],
-    objective: Objective,
-    optimizer: OptimizerFactory,
-    with_loss: Callable[[LossFunction], LossFunction],
-) -> Plan:
-    """The first of the ways to run it whose simulated peak is within run.budget.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InTurnsPlanner:
+    """Plans a run in turns. build: makes its model.  methods: names of those that may be used.
+    with_loss: what a step does to its loss."""
 
-    methods: names of those that may be used.  with_loss: what a step does to its loss.
-    OutOfBudget when none fits, ConfigError and StackError for what cannot be trained so.
-    """
-    limit = None if config.run.budget == "none" else config.run.budget
-    most = None if limit is None else budget_bytes(limit, None, objective.device)
-    rows: list[Row] = []
-    smallest: Plan | None = None
-    for patches, redo in _candidates(config, methods):
-        try:
-            plan = _simulated(config, build, batch, patches, redo, objective, optimizer, with_loss)
-        except ShoestringError:
-            if not rows:
-                raise  # turns themselves cannot be taken
-            continue  # this machine or model does not take what was added
-        rows.append(Row(plan.rows[0].name, plan.peak_bytes, None, plan.instant))
-        if most is None or plan.peak_bytes <= most:
-            return replace(plan, budget_bytes=most or plan.peak_bytes, rows=tuple(rows))
-        if smallest is None or plan.peak_bytes < smallest.peak_bytes:
-            smallest = plan
-    assert smallest is not None
-    assert most is not None
-    raise OutOfBudget(
-        f"nothing fits into {format_bytes(most)}: the smallest way to train in turns needs "
-        f"{format_bytes(smallest.peak_bytes)}, decided in the {smallest.instant}",
-        expected=f"a budget of at least {smallest.peak_bytes} bytes",
-        hint="More turns.blocks, a smaller data.batch_size or data.sequence_length need less.",
-        smallest_bytes=smallest.peak_bytes, instant=smallest.instant,
-    )  # fmt: skip
+    config: RunConfig
+    build: Build
+    batch: Batch
+    methods: Sequence[str]
+    objective: Objective
+    optimizer: OptimizerFactory
+    with_loss: Callable[[LossFunction], LossFunction]
 
+    def plan(self) -> Plan:
+        """The first of the ways to run it whose simulated peak is within run.budget.
 
-def _candidates(
-    config: RunConfig, methods: Sequence[str]
-) -> Iterator[tuple[list[Way], Method | None]]:
-    """(patches, what runs layers again or None), each needing less than the one before."""
-    turns, known = config.turns, [METHODS[name] for name in methods]
-
-    def first(fits: Callable[[Method], bool]) -> Method | None:
-        return next((m for m in known if fits(m)), None)
-
-    takes = next(m for m in METHODS.values() if m.promises.takes_turns)
-    patches = [Way(takes.name, {"steps": turns.steps, "order": turns.order,
-                                "seed": config.run.seed})]  # fmt: skip
-    redo = first(lambda m: m.promises.rebuilds == "input")
-    loss = first(lambda m: m.promises.applies_to == "loss")
-    weights = first(lambda m: m.promises.applies_to == "weights" and not m.promises.changes_weights)
-    yield patches, None
-    if loss is not None:
-        patches = [*patches, Way(loss.name)]
-        yield patches, None
-    if redo is not None:
-        yield patches, redo
-    if weights is not None:
-        yield [*patches, Way(weights.name)], redo
-
-
-def _simulated(
-    config: RunConfig,
-    build: Build,
-    batch: Batch,
-    patches: list[Way],
-    redo: Method | None,
-    objective: Objective,
-    optimizer: OptimizerFactory,
-    with_loss: Callable[[LossFunction], LossFunction],
-) -> Plan:
-    """A plan with the peak of the kind of update that needs most."""
-    twins: list[nn.Module] = []
-    spans: tuple[Span, ...] = ()
-
-    def apply(twin: nn.Module) -> None:
-        nonlocal patches, spans
-        twins.append(twin)
-        depth = len(Stack.of(twin))
-        turns = {**patches[0].config, "layers": depth // config.turns.blocks}
-        patches = [Way(patches[0].method, turns), *patches[1:]]
-        spans = (Span(0, depth, redo.name if redo else "keep"),)
-        apply_ways(twin, patches, spans)
-
-    def make(parameters: list[nn.Parameter]) -> Optimizer:
-        return optimizer_for(twins[-1], patches, optimizer)(parameters)
-
-    found: list[tuple[Profile, Watched]] = []
-    for kind in objective.kinds:
-        watched = Watched(with_loss(objective.rehearsed(kind)))
-        profile = simulate(
-            build, batch, apply=apply, optimizer=make, loss=watched, steps=1, later=True,
-            accumulate=config.optim.accumulate, grad_clip=config.optim.grad_clip or 1.0,
+        OutOfBudget when none is, ConfigError and StackError for what cannot be trained so.
+        """
+        limit = self.config.run.budget
+        most = None if limit == "none" else budget_bytes(limit, None, self.objective.device)
+        tried: list[tuple[Way, ...]] = []
+        rows: list[Row] = []
+        for ways in self.candidates():
+            try:
+                plan = self.simulated(ways, most)
+            except ShoestringError:
+                if not tried:
+                    raise  # turns themselves cannot be taken
+                continue  # this machine or model does not take what was added
+            tried.append(ways)
+            rows += plan.rows
+            if most is None or plan.peak_bytes <= most:
+                return replace(plan, budget_bytes=most or plan.peak_bytes, rows=tuple(rows))
+        assert most is not None
+        smallest = self.simulated(tried[-1], None)
+        raise OutOfBudget(
+            f"nothing fits into {format_bytes(most)}: the smallest way to train in turns needs "
+            f"{format_bytes(smallest.peak_bytes)}, decided in the {smallest.instant}",
+            expected=f"a budget of at least {smallest.peak_bytes} bytes",
+            hint="More turns.blocks, a smaller data.batch_size or data.sequence_length need less.",
+            smallest_bytes=smallest.peak_bytes, instant=smallest.instant,
         )  # fmt: skip
-        found.append((profile, watched))
-    profile, watched = max(found, key=lambda each: each[0].peak_bytes)
-    twin = twins[-1]
-    for parameter in twin.parameters():
-        parameter.requires_grad_(True)
-    name = " + ".join([*(way.method for way in patches), *([redo.name] if redo else [])])
-    return Plan(
-        budget_bytes=profile.peak_bytes, peak_bytes=profile.peak_bytes,
-        by_category=profile.by_category, instant=profile.instant, step_seconds=None, spans=spans,
-        patches=tuple(patches), rows=(Row(name, profile.peak_bytes, None, profile.instant),),
-        blocks=len(Stack.of(twin)), model=type(twin).__name__, history=profile.history,
-        made_for=MadeFor.of(twin, watched.shapes or {}), make=optimizer,
-    )  # fmt: skip
+
+    def candidates(self) -> Iterator[tuple[Way, ...]]:
+        """Each needs less than the one before, and more time. Patches, turns first, then how
+        layers are run, if not as they are."""
+        turns, known = self.config.turns, [METHODS[name] for name in self.methods]
+        takes = next(m for m in METHODS.values() if m.promises.takes_turns)
+        settings = {"steps": turns.steps, "order": turns.order, "seed": self.config.run.seed}
+        ways: tuple[Way, ...] = (Way(takes.name, settings),)
+        yield ways
+        for fits in (
+            lambda m: m.promises.applies_to == "loss",
+            lambda m: m.promises.rebuilds == "input",
+            lambda m: m.promises.applies_to == "weights" and not m.promises.changes_weights,
+        ):
+            if (found := next((m for m in known if fits(m)), None)) is not None:
+                ways = (*ways, Way(found.name))
+                yield ways
+
+    def simulated(self, ways: Sequence[Way], most: int | None) -> Plan:
+        """A plan with the peak of the kind of update that needs most, over a round of turns. Of
+        the first that needs more than `most` where one does."""
+        placed: list[_Placed] = []
+
+        def apply(twin: nn.Module) -> None:
+            placed.append(_Placed.of(twin, ways, self.config.turns.blocks))
+            apply_ways(twin, placed[-1].patches, placed[-1].spans)
+
+        def make(parameters: list[nn.Parameter]) -> Optimizer:
+            return optimizer_for(placed[-1].twin, placed[-1].patches, self.optimizer)(parameters)
+
+        found: list[tuple[Profile, Watched]] = []
+        optim = self.config.optim
+        for kind in self.objective.kinds:
+            watched = Watched(self.with_loss(self.objective.rehearsed(kind)))
+            profile = simulate(
+                self.build, self.batch, apply=apply, optimizer=make, loss=watched, steps=1,
+                later=True, accumulate=optim.accumulate, grad_clip=optim.grad_clip or 1.0,
+            )  # fmt: skip
+            found.append((profile, watched))
+            if most is not None and profile.peak_bytes > most:
+                break
+        profile, watched = max(found, key=lambda each: each[0].peak_bytes)
+        row = Row(" + ".join(way.method for way in ways), profile.peak_bytes, None, profile.instant)
+        twin, patches, spans = placed[-1].twin, placed[-1].patches, placed[-1].spans
+        for parameter in twin.parameters():
+            parameter.requires_grad_(True)
+        return Plan(
+            budget_bytes=profile.peak_bytes, peak_bytes=profile.peak_bytes,
+            by_category=profile.by_category, instant=profile.instant, step_seconds=None,
+            spans=spans, patches=patches, rows=(row,), blocks=len(Stack.of(twin)),
+            model=type(twin).__name__, history=profile.history,
+            made_for=MadeFor.of(twin, watched.shapes or {}), make=self.optimizer,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A fake twin, and what is put into it."""
+
+    twin: nn.Module
+    patches: tuple[Way, ...]
+    spans: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, twin: nn.Module, ways: Sequence[Way], blocks: int) -> "_Placed":
+        """The ways, with as many layers a turn as this stack's blocks have."""
+        depth = len(Stack.of(twin))
+        turns, *others = ways
+        span = next((w.method for w in others if w.applies_to == "span"), "keep")
+        turns = Way(turns.method, {**turns.config, "layers": depth // blocks})
+        patches = (turns, *(way for way in others if way.applies_to != "span"))
+        return cls(twin, patches, (Span(0, depth, span),))
