@@ -47,8 +47,8 @@ RESULTS = Path(__file__).parent / "results"
 UPDATES, SHORT, TURN, BLOCKS = 96, 24, 8, 6
 ROWS, TOKENS, HELD_OUT = 2, 256, 12  # rows; tokens of a row; batches that are scored
 CHARACTERS = 700_000
-STREAMED = "620MiB"
-"""Less than frozen weights in memory would need."""
+STREAMED = "520MiB"
+"""Less than the weights take."""
 WHOLE = "all weights"
 
 

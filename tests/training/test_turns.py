@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import shoestring
 from shoestring.errors import ConfigError, OutOfBudget
@@ -44,7 +45,12 @@ def blocks_moved(monkeypatch: pytest.MonkeyPatch, whole: RunConfig) -> tuple[lis
         }  # fmt: skip
         before = copy.deepcopy([p.detach() for p in model.parameters()])
         found = update(step, model, optimizer, *args, **kwargs)
-        pairs = zip(model.parameters(), before, strict=True)
+        pairs = list(zip(model.parameters(), before, strict=True))
+        layers = [
+            any(not torch.equal(p, was) for p, was in pairs if any(p is q for q in inside))
+            for inside in (list(layer.parameters()) for layer in Stack.of(model).blocks)
+        ]
+        assert sum(layers) == 2  # all of the block's
         moved.append({places.get(id(p), -1) for p, was in pairs if not torch.equal(p, was)})
         states = {places.get(id(p), -1) for p in optimizer.state}
         assert states <= moved[-1]
@@ -79,6 +85,9 @@ def test_the_model_that_is_saved_is_the_plain_decoder(settings):
     model, _ = shoestring.load(run.directory)
     plain, _ = shoestring.load(train(settings(model=LAYERS)).directory)
     assert list(model.state_dict()) == list(plain.state_dict())
+    with safe_open(Path(run.directory) / "model" / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if NAME in name]
+    assert run.receipt["model"]["parameters"] == sum(p.numel() for p in model.parameters())
     for name, value in model.state_dict().items():
         assert torch.equal(value, run.model.state_dict()[name]), name
     assert not any(hasattr(layer, NAME) for layer in Stack.of(model).blocks)

@@ -23,8 +23,10 @@ from ..objectives.scaffolding import layers_of_block, put_scaffolding
 from ..ops.noise_levels import LogNormal, partition
 from ..planner import Plan, Profile, simulate
 from ..planner.budget import budget_bytes
+from ..planner.fake import fake_model
 from ..planner.made_for import MadeFor, Watched
 from ..planner.plans import Row
+from ..planner.quick import QuickFakeMode
 from ..planner.ways import Way, apply_ways, optimizer_for
 from ..stack import Span, Stack
 from ..units import format_bytes
@@ -152,21 +154,26 @@ class InTurnsPlanner:
         """
         limit = self.config.run.budget
         most = None if limit == "none" else budget_bytes(limit, None, self.objective.device)
-        tried: list[tuple[Way, ...]] = []
+        weights = 0 if most is None else self.weights_bytes()
+        possible: list[tuple[Way, ...]] = []
         rows: list[Row] = []
         for ways in self.candidates():
+            moves = any(way.applies_to == "weights" for way in ways)
+            if most is not None and weights > most and not moves:
+                possible.append(ways)  # no need to look at the rest of what it takes
+                continue
             try:
                 plan = self.simulated(ways, most)
             except ShoestringError:
-                if not tried:
+                if not possible:
                     raise  # turns themselves cannot be taken
                 continue  # this machine or model does not take what was added
-            tried.append(ways)
+            possible.append(ways)
             rows += plan.rows
             if most is None or plan.peak_bytes <= most:
                 return replace(plan, budget_bytes=most or plan.peak_bytes, rows=tuple(rows))
         assert most is not None
-        smallest = self.simulated(tried[-1], None)
+        smallest = self.simulated(possible[-1], None)
         raise OutOfBudget(
             f"nothing fits into {format_bytes(most)}: the smallest way to train in turns needs "
             f"{format_bytes(smallest.peak_bytes)}, decided in the {smallest.instant}",
@@ -174,6 +181,10 @@ class InTurnsPlanner:
             hint="More turns.blocks, a smaller data.batch_size or data.sequence_length need less.",
             smallest_bytes=smallest.peak_bytes, instant=smallest.instant,
         )  # fmt: skip
+
+    def weights_bytes(self) -> int:
+        """Of the whole model."""
+        return sum(each.nbytes for each in fake_model(self.build, QuickFakeMode()).parameters())
 
     def candidates(self) -> Iterator[tuple[Way, ...]]:
         """Each needs less than the one before, and more time. Patches, turns first, then how
