@@ -119,7 +119,7 @@ def test_runs_of_layers_take_turns_as_one_block() -> None:
 
 
 def test_layers_that_cannot_be_divided_evenly_are_refused_with_what_can() -> None:
-    with pytest.raises(ConfigError, match="layers = 3 does not divide the 4 .*nearest: 2 or 4"):
+    with pytest.raises(ConfigError, match=r"layers = 3 does not divide the 4 .*nearest: 2 or 4"):
         turns(gpt(), layers=3)
     with pytest.raises(ConfigError, match="layers = 0"):
         COORDINATE.configure({"layers": 0})
