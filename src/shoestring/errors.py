@@ -110,3 +110,10 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     """A hint naming the nearest known name, or None when nothing is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"Did you mean {near[0]!r}?" if near else None
+
+
+def nearest_divisors(count: int, wanted: int) -> str:
+    """The one or two divisors of `count` next to `wanted`, for a message."""
+    known = [n for n in range(1, count + 1) if count % n == 0]
+    below, above = [n for n in known if n < wanted], [n for n in known if n > wanted]
+    return " or ".join(map(str, [*below[-1:], *above[:1]]))

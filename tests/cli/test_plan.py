@@ -62,6 +62,26 @@ def run_file(tmp_path):
     return path
 
 
+# ---- in turns -----------------------------------------------------------------------------------
+
+
+def test_a_run_in_turns_is_planned_as_it_is_trained(call, run_file):
+    with run_file.open("a") as file:
+        file.write("\n[turns]\nblocks = 2\nsteps = 3\n[denoise]\nmode = 'mixed'\n")
+    code, [found], _ = call(run_file, "--budget", "1GiB")
+    assert code == 0
+    turns = found["methods"][0]
+    assert turns["method"] == "block_coordinate"
+    assert turns["config"]["steps"] == 3
+    code, [less], _ = call(run_file, "--budget", found["peak_bytes"] - 1)
+    assert code == 0
+    assert less["peak_bytes"] < found["peak_bytes"]
+    assert call(run_file, "--budget", "1KiB")[0] == 3
+    code, _, message = call(run_file, "--max", "batch")
+    assert code == 2
+    assert "--max is given beside turns.blocks = 2" in message
+
+
 # ---- the page -----------------------------------------------------------------------------------
 
 

@@ -104,6 +104,27 @@ def test_several_turns_are_bit_equal_to_the_optimizer_on_one_block_after_another
     assert moved == {n for n, _ in model.named_parameters() if n.startswith("model.layers.")}
 
 
+def test_runs_of_layers_take_turns_as_one_block() -> None:
+    model, ref = gpt(), gpt()
+    stepping = turns(model, steps=2, layers=2, order="descending")
+    blocks = Stack.of(ref).blocks
+    for start in (2, 0):
+        assert blocks_of(model) == [start, start + 1]
+        active = [p for block in blocks[start : start + 2] for p in block.parameters()]
+        for parameter in ref.parameters():
+            parameter.requires_grad_(any(parameter is p for p in active))
+        train(ref, adamw(active), 4 - start, start=2 - start)
+        train(model, stepping, 4 - start, start=2 - start)
+    assert same_weights(model, ref)
+
+
+def test_layers_that_cannot_be_divided_evenly_are_refused_with_what_can() -> None:
+    with pytest.raises(ConfigError, match=r"layers = 3 does not divide the 4 .*nearest: 2 or 4"):
+        turns(gpt(), layers=3)
+    with pytest.raises(ConfigError, match="layers = 0"):
+        COORDINATE.configure({"layers": 0})
+
+
 def test_only_the_active_block_has_gradients_and_states_and_backward_ends_there() -> None:
     model = gpt()
     stepping = turns(model, steps=2, order="descending")

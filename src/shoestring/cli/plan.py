@@ -120,8 +120,8 @@ def run(arguments: Arguments, terminal: Terminal) -> int:
 
         return which_fits(arguments, terminal)
     config = _run_config(arguments) if arguments.model.endswith(".toml") else None
-    if config is not None and config.plan.file:
-        return _show_file(config, arguments, terminal)
+    if config is not None and (config.plan.file or config.turns.blocks):
+        return _show_given(config, arguments, terminal)
     subject = (
         subject_of_model(arguments, arguments.model, rank=arguments.lora_rank or 0,
                          bits=arguments.bits)
@@ -173,13 +173,15 @@ def _page(plans: Any, subject: Subject, arguments: Arguments) -> str | None:
     return str(write_budget_page({**found, "versions": versions}, Path(arguments.page), title=name))
 
 
-def _show_file(config: RunConfig, arguments: Arguments, terminal: Terminal) -> int:
-    """A run that brings its plan: nothing is planned."""
+def _show_given(config: RunConfig, arguments: Arguments, terminal: Terminal) -> int:
+    """A run that brings its plan, or says how it is to be trained: nothing is chosen."""
     from .subjects import plan_of_run
 
+    setting = "plan.file" if config.plan.file else "turns.blocks"
+    value = config.plan.file or config.turns.blocks
     for flag in ("page", "max"):
         if getattr(arguments, flag) not in ("", None):
-            raise ConfigError(f"--{flag} is given beside plan.file = {config.plan.file!r}",
+            raise ConfigError(f"--{flag} is given beside {setting} = {value!r}",
                               expected="a run that is to be planned")  # fmt: skip
     _show(plan_of_run(config), _Length(config.run.steps, "run.steps"), arguments, terminal, {})
     return 0

@@ -1,5 +1,6 @@
 """What `shoestring plan` plans: a model's config or a run, at any batch size and length."""
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from ..training.config import RunConfig
 
 if TYPE_CHECKING:
     from ..planner import Plan, PlanFor
+    from ..training.distributed import World
     from .plan import Arguments
 
 
@@ -97,32 +99,57 @@ def plan_of_run(config: RunConfig) -> "Plan":
 
     if config.plan.file:
         return Plan.from_json(read_plan(config.plan.file))
+    if config.turns.blocks:
+        return _plan_in_turns(config)
     subject = subject_of_run(config, "")
     return subject.plans_now()(subject.budget)
 
 
+def _plan_in_turns(config: RunConfig) -> "Plan":
+    from ..training.distributed import world
+    from ..training.planning import make_plan
+    from ..training.turns import Objective
+
+    with world(config.run.device) as alone:
+        parts = _parts_of_run(config, alone)
+        objective = Objective(config, parts["loss"], alone.device)
+        plan = make_plan(config, **parts, world=alone, objective=objective)
+    assert plan is not None
+    return plan
+
+
 def _plans_of_run(config: RunConfig, *, seconds: bool) -> "PlanFor":
-    """Without its data: rows of ids are all alike."""
+    from ..training.distributed import world
+    from ..training.planning import plans_of_run
+
+    with world(config.run.device) as alone:
+        return plans_of_run(config, **_parts_of_run(config, alone), seconds=seconds, world=alone)
+
+
+def _parts_of_run(config: RunConfig, alone: "World") -> dict[str, Any]:
+    """What a plan of a run is made of, without its data: rows of ids are all alike."""
     import torch
 
     from ..data import load_tokenizer
-    from ..training.distributed import world
     from ..training.optimizer import optimizer_factory
-    from ..training.planning import plans_of_run
     from ..training.prepare import Builder, loss_function
+    from ..training.turns import prepared
 
     length, data = config.data.sequence_length, config.data
     tokenizer: Any = _Vocabulary(1 if config.model.name else data.vocabulary)
     if data.tokenizer != "auto":
         tokenizer = load_tokenizer(data.tokenizer)
-    with world(config.run.device) as alone:
-        builder = Builder(config.model, length=length, tokenizer=tokenizer, device=alone.device)
-        ids = torch.zeros(data.batch_size, length, dtype=torch.long, device=alone.device)
-        return plans_of_run(
-            config, builder.sketch, {"input_ids": ids, "labels": ids.clone()},
-            loss=loss_function(config, alone.device), seconds=seconds,
-            optimizer=optimizer_factory(config.optim, alone.device), world=alone,
-        )  # fmt: skip
+    builder = Builder(
+        config.model, length=length, tokenizer=tokenizer, device=alone.device,
+        prepare=functools.partial(prepared, config),
+    )  # fmt: skip
+    ids = torch.zeros(data.batch_size, length, dtype=torch.long, device=alone.device)
+    return {
+        "build": builder.sketch,
+        "batch": {"input_ids": ids, "labels": ids.clone()},
+        "loss": loss_function(config, alone.device),
+        "optimizer": optimizer_factory(config.optim, alone.device),
+    }
 
 
 class _Vocabulary:

@@ -1,7 +1,8 @@
 """block_coordinate: one block has gradients and states at a time, the others stand still.
 
 Idea: block coordinate descent with Adam inside (BAdam, arXiv 2404.02827): the blocks of the stack
-are taken one after the other, each for K steps of the optimizer. What is not trained in a turn
+(or runs of so many `layers` of them) are taken one after the other, each for K steps of the
+optimizer. What is not trained in a turn
 requires no gradient, so none is made for it, and backward ends at the block whose turn it is.
 Equations: with pi the order of a round, for i in pi: m = v = 0, then K times
 theta_i <- theta_i - update(grad of theta_i, m, v); all other theta stay.
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..errors import ConfigError, StackError
+from ..errors import ConfigError, StackError, nearest_divisors
 from ..optim.stepping import Around, refuse_coupled
 from ..optim.turns import InTurns, Order, refuse_owned, release_all
 from ..stack import Stack
@@ -41,15 +42,18 @@ class BlockCoordinateConfig:
     """"random": a new permutation for each round; "ascending": from the stem up."""
     seed: int = 0
     """Of the random order; it draws for nothing else."""
+    layers: int = 1
+    """Neighbouring blocks of the stack that have their turn together; a divisor of their number."""
     ends: bool = False
     """Whether what is outside of the blocks (embeddings, head) takes a turn too, as one part."""
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
-        if not whole or self.steps < 1:
-            raise ConfigError(
-                f"block_coordinate: steps = {self.steps!r}", expected="a whole number, 1 or more"
-            )
+        for name in ("steps", "layers"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(
+                    f"block_coordinate: {name} = {value!r}", expected="a whole number, 1 or more"
+                )
         if self.order not in ORDERS:
             raise ConfigError(
                 f"block_coordinate: order = {self.order!r}", expected=f"one of {list(ORDERS)}"
@@ -130,7 +134,18 @@ def _parts(
             f"{type(model).__name__}",
             expected="parameters of the model that is trained",
         )
-    parts = [[p for p in block.parameters() if id(p) in wanted] for block in stack.blocks]
+    if len(stack) % config.layers:
+        raise ConfigError(
+            f"block_coordinate: layers = {config.layers} does not divide the {len(stack)} of "
+            f"{stack!r}",
+            expected="a divisor",
+            hint=f"The nearest: {nearest_divisors(len(stack), config.layers)}.",
+        )
+    parts = [
+        [p for block in stack.blocks[i : i + config.layers] for p in block.parameters()]
+        for i in range(0, len(stack), config.layers)
+    ]
+    parts = [[p for p in part if id(p) in wanted] for part in parts]
     places = [id(p) for part in parts for p in part]
     rest = [p for p in model.parameters() if id(p) in wanted and id(p) not in {*places}]
     _refuse_shared(model, stack, places)

@@ -307,7 +307,19 @@ def identity(
         "plan.never": config.plan.never,
         **_flat("model.config", {k: v for k, v in shape.items() if k not in _INCIDENTAL}),
         _WEIGHTS: weights,
+        **_of_turns(config),
     }
+
+
+def _of_turns(config: RunConfig) -> dict[str, Any]:
+    """What a run in turns may not change between a checkpoint and what goes on from it."""
+    if not config.turns.blocks:
+        return {}
+    tables = {
+        "turns": dataclasses.asdict(config.turns),
+        "denoise": dataclasses.asdict(config.denoise),
+    }
+    return {f"{name}.{key}": v for name, table in tables.items() for key, v in table.items()}
 
 
 def _flat(name: str, value: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest_divisors
 from ..units import EXPECTED_BYTES, parse_bytes
 from . import toml
 
@@ -328,6 +328,60 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TurnsConfig:
+    """Training one block of neighbouring layers at a time, all else frozen: block by block."""
+
+    blocks: int = 0
+    """How many blocks; a divisor of the model's layers. 0 = all weights are trained at once."""
+    steps: int = 50
+    """Updates of a turn; optimizer states begin anew with each."""
+    order: Literal["random", "ascending", "descending"] = "random"
+    """Whose turn is next: a new permutation for each round, or from the first or last layers on."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, "turns", self, "blocks")
+        _at_least(1, "turns", self, "steps")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenoiseConfig:
+    """With [turns]: updates in which the block denoises the text alone (DiffusionBlocks)."""
+
+    mode: Literal["off", "mixed", "both", "pure"] = "off"
+    """off; mixed = every `every`-th update is of the next token, the others denoise; both = every
+    update is the sum of the two; pure = every update denoises, which unlearns the model's own
+    objective."""
+    every: int = 2
+    """mixed: how often the next token is learned."""
+    weight: float = 1.0
+    """Of the denoising loss."""
+    sigma_min: float = 0.002
+    """Lowest noise, on input embeddings at length 1."""
+    sigma_max: float = 80.0
+    """Highest noise."""
+    sigma_mean: float = -1.2
+    """Mean of ln sigma."""
+    sigma_std: float = 1.2
+    """Deviation of ln sigma."""
+    overlap: float = 0.1
+    """How far a block's levels reach into its neighbours', as a share of its own."""
+    condition_size: int = 64
+    """Width of the vector that a noise level becomes."""
+
+    def __post_init__(self) -> None:
+        _at_least(2, "denoise", self, "every")
+        _at_least(1, "denoise", self, "condition_size")
+        _require(0 < self.weight < math.inf, "denoise.weight", self.weight, "more than 0")
+        ends = (self.sigma_min, self.sigma_max)
+        _require(
+            0 < ends[0] < ends[1] < math.inf, "denoise.sigma_min", ends[0],
+            f"more than 0 and less than denoise.sigma_max = {ends[1]}",
+        )  # fmt: skip
+        _require(self.sigma_std > 0, "denoise.sigma_std", self.sigma_std, "more than 0")
+        _require(0 <= self.overlap < 1, "denoise.overlap", self.overlap, "a share below 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """A whole run: one table of the TOML file for each field."""
 
@@ -341,6 +395,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    turns: TurnsConfig = field(default_factory=TurnsConfig)
+    denoise: DenoiseConfig = field(default_factory=DenoiseConfig)
 
     def __post_init__(self) -> None:
         longest = self.model.max_position_embeddings
@@ -356,12 +412,41 @@ class RunConfig:
                 expected="one of the two: the copy that is written from would be of everything "
                 "that is divided, in one process",
             )
+        self._check_turns()
         pretrained = bool(self.model.name) and not self.model.from_scratch
         if pretrained and self.model.rule != "residual" and self.run.allow != "structural":
             raise ConfigError(
                 f"model.rule = {self.model.rule!r} makes another network out of {self.model.name}",
                 expected='run.allow = "structural" with it',
                 hint="Leave model.rule at residual to train the network as it is.",
+            )
+
+    def _check_turns(self) -> None:
+        if not self.turns.blocks:
+            if self.denoise.mode != "off":
+                raise ConfigError(
+                    f"denoise.mode = {self.denoise.mode!r} without turns.blocks",
+                    expected="the number of blocks that the layers are divided into, and that are "
+                    "trained in turns",
+                )
+            return
+        beside = {
+            "plan.file": bool(self.plan.file),
+            "run.sharding": self.run.sharding != "none",
+            "model.rule": self.model.rule != "residual",
+            "checkpoint.background": self.checkpoint.background,
+        }
+        if wrong := [name for name, is_set in beside.items() if is_set]:
+            raise ConfigError(
+                f"{wrong[0]} is set beside turns.blocks = {self.turns.blocks}",
+                expected="one of the two",
+            )
+        layers = self.model.gpt_fields()["num_hidden_layers"]
+        if not self.model.name and layers % self.turns.blocks:
+            raise ConfigError(
+                f"turns.blocks = {self.turns.blocks} does not divide the {layers} layers",
+                expected="a divisor of the layers",
+                hint=f"The nearest: {nearest_divisors(layers, self.turns.blocks)}.",
             )
 
     @classmethod

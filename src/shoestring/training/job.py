@@ -4,6 +4,7 @@ How it gets into a checkpoint and out of one is in `resuming`, how it ends in `e
 """
 
 import contextlib
+import functools
 import gc
 import shlex
 import shutil
@@ -53,6 +54,7 @@ from .record import Progress, Record
 from .resuming import restore_job
 from .save import save_model
 from .step import Updated, on_device
+from .turns import Objective, prepared
 
 SKIPS = 10
 """Updates in a row that may be left out when run.nonfinite is "skip"."""
@@ -188,6 +190,7 @@ class Job:
             length=self.config.data.sequence_length,
             tokenizer=self.data.tokenizer,
             device=self.world.device,
+            prepare=functools.partial(prepared, self.config),
         )
         # Weights are large: one process reads them.
         weights = self._builder.weights_digest() if self.world.is_first else ""
@@ -209,6 +212,7 @@ class Job:
     def _plan_with(self, division: Division | None) -> None:
         config, device = self.config, self.world.device
         self.loss = loss_function(config, device)
+        self.objective = Objective(config, self.loss, device)
         self._make_optimizer = optimizer_factory(config.optim, device)
         rows = [i % len(self.batches.rows) for i in range(config.data.batch_size)]
         batch = on_device(self.batches.rows.batch(rows), device)
@@ -225,9 +229,10 @@ class Job:
                 optimizer=self._make_optimizer,
                 world=self.world,
                 division=division,
+                objective=self.objective,
             )
         self.limit_bytes = config.run.budget_bytes
-        if self.plan is not None:
+        if self.plan is not None and config.run.budget != "none":
             self.limit_bytes = self.limit_bytes or self.plan.budget_bytes
             self._check_still_fits(self.plan)
         self.data.held_out.batch = rows_that_fit(
@@ -391,6 +396,7 @@ class Job:
             "step",
             step=step,
             loss=updated.loss,
+            **self.objective.facts(step),
             lr=lr,
             norm=updated.norm,
             tokens=updated.tokens,

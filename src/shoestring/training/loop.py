@@ -165,7 +165,7 @@ def _update(job: Job, step: int, mark: Mark) -> ShoestringError | None:
                     job.wrapped,
                     job.optimizer,
                     microbatches,
-                    loss=job.loss,
+                    loss=job.objective.at(step),
                     guard=job.finite,
                     world=job.world,
                     clip=config.optim.grad_clip,

@@ -24,6 +24,7 @@ from .config import RunConfig
 from .distributed import World
 from .optimizer import OptimizerFactory
 from .step import LossFunction
+from .turns import InTurnsPlanner, Objective
 
 Build = Callable[[], nn.Module]
 
@@ -37,11 +38,22 @@ def make_plan(
     optimizer: OptimizerFactory,
     world: World,
     division: Division | None = None,
+    objective: Objective | None = None,
 ) -> Plan | None:
-    """The plan for a model that `build` makes, or None where run.budget is "none".
+    """The plan for a model that `build` makes, or None where run.budget is "none" and all weights
+    are trained at once.
+
+    objective: of a run in turns.
 
     OutOfBudget when nothing fits.
     """
+    if config.turns.blocks:
+        assert objective is not None
+        return InTurnsPlanner(
+            config=config, build=build, batch=_with_waiting(batch, config), objective=objective,
+            methods=_methods_beside_turns(config, world), optimizer=optimizer,
+            with_loss=_as_in_update,
+        ).plan()  # fmt: skip
     if config.plan.file:
         chosen = Plan.from_json(read_plan(config.plan.file))
         refuse_other_weights(config.plan.file, chosen)
@@ -227,6 +239,12 @@ def _methods(config: RunConfig, world: World) -> str | list[str]:
     return [name for name in only or names if name not in never]
 
 
+def _methods_beside_turns(config: RunConfig, world: World) -> list[str]:
+    """As `_methods`, of those that go with turns."""
+    names = _methods(config, world)
+    return [m.name for m in allowed(names)] if isinstance(names, str) else names
+
+
 def refuse_other_weights(file: str, plan: Plan) -> None:
     """ConfigError for a plan that trains other weights than the model's own: a run saves the model
     that its config names, and what they learned would be lost."""
@@ -251,6 +269,11 @@ def refuse_in_group(config: RunConfig, world: World) -> None:
     """ConfigError for a method that is asked for and cannot be used by this group of processes."""
     if world.size == 1:
         return
+    if config.turns.blocks:
+        raise ConfigError(
+            f"turns.blocks = {config.turns.blocks} in a group of {world.size} processes",
+            expected="a single process",
+        )
     asked = [("plan.only", name) for name in config.plan.only]
     if config.plan.file:
         plan = Plan.from_json(read_plan(config.plan.file))

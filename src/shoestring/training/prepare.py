@@ -5,6 +5,7 @@ before its weights are allocated.
 """
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,17 @@ class Builder:
     """Makes the run's model in float32 with its rule in place: a sketch for the planner's fake
     tensors, then the real one. ConfigError and DataError before anything is allocated."""
 
-    def __init__(self, config: ModelConfig, *, length: int, tokenizer: Any, device: torch.device):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        length: int,
+        tokenizer: Any,
+        device: torch.device,
+        prepare: Callable[[nn.Module], object] = lambda model: None,
+    ):
+        """prepare: called with every model that is made."""
+        self._prepare = prepare
         self._config, self._length, self._device = config, length, device
         self._tokenizer = tokenizer
         if config.name and config.dropout:
@@ -95,7 +106,9 @@ class Builder:
     def sketch(self) -> nn.Module:
         """The model's shape with whatever weights; reads no weights from disk."""
         with torch.device(self._device):
-            return self._build(from_scratch=True)
+            model = self._build(from_scratch=True)
+            self._prepare(model)
+            return model
 
     def real(self, *, with_weights: bool = True, divided: bool = False) -> nn.Module:
         """The model to train, on its device, in training mode.
@@ -106,6 +119,7 @@ class Builder:
         # Made on the CPU, so that a seed gives the same weights for every device.
         from_scratch = self._config.from_scratch or not with_weights
         model = self._build(from_scratch=from_scratch).train()
+        self._prepare(model)
         return model if divided else model.to(self._device)
 
     def shape(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..data.tokenizer import tokenizer_digest
+from ..objectives.scaffolding import taken_out
 from .distributed import World
 
 if TYPE_CHECKING:
@@ -105,9 +106,11 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     recorded = getattr(config, "shoestring", None)
     if not rule and isinstance(recorded, Mapping):
         rule = recorded.get("rule")
+    with taken_out(model):
+        parameters = sum(p.numel() for p in model.parameters())
     return {
         "name": type(model).__name__.removeprefix("FSDP"),  # what sharding makes of a class
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
         "rule": rule or "residual",
     }
 

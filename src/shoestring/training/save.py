@@ -18,6 +18,7 @@ from ..checkpoint import atomic_directory
 from ..checkpoint.directory import make_directory, unwritable
 from ..checkpoint.tensors import read_tensors, write_tensors
 from ..errors import CheckpointError, StackError
+from ..objectives.scaffolding import taken_out
 from ..units import format_bytes
 from .distributed import World
 from .sharding import Spread, finish
@@ -81,7 +82,7 @@ def _save(
             f"{type(model).__name__} cannot be saved as a Hugging Face directory",
             expected="a transformers.PreTrainedModel, which has save_pretrained",
         )
-    with atomic_directory(directory) as temporary, no_progress_bar():
+    with atomic_directory(directory) as temporary, no_progress_bar(), taken_out(model):
         try:
             model.save_pretrained(temporary, **settings)
         except SafetensorError as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ...errors import ConfigError
+from ...errors import ConfigError, nearest_divisors
 from .. import toml
 from ..config import OptimConfig, ScheduleConfig, _at_least, _require, _share
 
@@ -266,13 +266,6 @@ class BlockwiseConfig:
     def to_toml(self) -> str:
         """This config as TOML; settings that are None are left out."""
         return toml.write(self)
-
-
-def nearest_divisors(count: int, wanted: int) -> str:
-    """The one or two divisors of `count` next to `wanted`, for a message."""
-    known = [n for n in range(1, count + 1) if count % n == 0]
-    below, above = [n for n in known if n < wanted], [n for n in known if n > wanted]
-    return " or ".join(map(str, [*below[-1:], *above[:1]]))
 
 
 def is_blockwise(path: Path) -> bool:
