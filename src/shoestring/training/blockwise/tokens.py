@@ -1,5 +1,5 @@
 """Blocks of an autoregressive language model as jobs: bytes of a text, each denoised from those
-before it. Experimental: see docs/blockwise.md for what it can and cannot do."""
+before it. Experimental: see docs/blockwise-text.md for what it can and cannot do."""
 
 import math
 from pathlib import Path
