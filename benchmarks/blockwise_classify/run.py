@@ -90,6 +90,11 @@ ARMS: dict[str, Settings] = {
     "useful edges, along the chain": {
         **INFORMATIVE, "spacing": "useful", **CHAIN, "after": "useful edges",
     },
+    "quiet start, useful edges": {**INFORMATIVE, "quiet_start": True, "spacing": "useful"},
+    "quiet start, useful edges, along the chain": {
+        **INFORMATIVE, "quiet_start": True, "spacing": "useful", **CHAIN,
+        "after": "quiet start, useful edges",
+    },
     "an encoder's rows": {**INFORMATIVE, "context": "encoder"},
     "an encoder's rows, along the chain": {
         **INFORMATIVE, "context": "encoder", **CHAIN, "after": "an encoder's rows",
@@ -308,14 +313,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="a few updates, nothing written")
     parser.add_argument("--folder", help="where blocks are kept, to go on with; else nowhere")
+    parser.add_argument(
+        "--arm", choices=ARMS, action="append", help="this one, and others so named"
+    )
     arguments = parser.parse_args()
+    chosen: list[str] = arguments.arm or list(ARMS)
     smoke: bool = arguments.smoke
     given_folder: str | None = arguments.folder
     torch.set_num_threads(1)
     steps = 3 if smoke else PASSES * TRAINED // BATCH
     result = begun(steps, anew=smoke)
     seeds = range(1 if smoke else SEEDS)
-    order = [(seed, arm) for seed in seeds for arm in ARMS]
+    order = [(seed, arm) for seed in seeds for arm in ARMS if arm in chosen]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(given_folder or name).absolute()
         write_signals(folder / "signals.safetensors")

@@ -292,13 +292,13 @@ def poison(config: RunConfig, step: int, what: str, count: int) -> Callable[...,
         build(self)
         made.append(self)
         if what == "loss":
-            loss = self.loss
+            loss = self.objective.plain
 
             def bad(model: Any, batch: Any) -> torch.Tensor:
                 is_bad = step <= self.updates + 1 < step + count
                 return loss(model, batch) * (float("nan") if is_bad else 1.0)
 
-            self.loss = bad
+            self.objective.plain = bad
 
     job.Job._build = remember  # type: ignore[method-assign]
 

@@ -232,7 +232,8 @@ class Job:
                 objective=self.objective,
             )
         self.limit_bytes = config.run.budget_bytes
-        if self.plan is not None and config.run.budget != "none":
+        # A run in turns has a plan without a budget, too: a plan for none.
+        if self.plan is not None and not (config.turns.blocks and config.run.budget == "none"):
             self.limit_bytes = self.limit_bytes or self.plan.budget_bytes
             self._check_still_fits(self.plan)
         self.data.held_out.batch = rows_that_fit(
