@@ -78,6 +78,7 @@ ARMS = [
     # which of learning rate, turns and blocks is the cause
     Arm("6 blocks in turns of 16", BLOCKS, 16, rates="6 blocks in turns"),
     Arm("2 blocks in turns of 16", 2, 16, rates=(1.5e-4,)),
+    Arm("2 blocks, both, denoising x 0.03", 2, 16, mode="both", weight=0.03, rates=(1.5e-4,)),
     Arm("6 blocks in turns, half of the updates", BLOCKS, 4, rates="6 blocks in turns", share=0.5),
 ]  # fmt: skip
 

@@ -95,6 +95,8 @@ def _check_fits(arguments: Arguments, kind: str) -> None:
                     f"--{name} is given, and {arguments.model} draws {drawn}",
                     expected=f"it for {what} only",
                 )
+    if arguments.guidance != 1.0 and not arguments.labels:
+        raise ConfigError("--guidance without --labels", expected="the classes it is to insist on")
     if arguments.block is not None and arguments.steps is not None:
         raise ConfigError(
             "--steps with --block", expected="one of the two: a block by itself takes one call"

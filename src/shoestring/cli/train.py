@@ -133,6 +133,8 @@ def run_blocks(arguments: BlockArguments, terminal: Terminal) -> int:
                 f"block {event['block']}: update {event['step']} of {config.updates}, "
                 f"loss {event['loss']:.4f}"
             )
+        elif event["event"] == "skipped":
+            terminal.say(f"block {event['block']}: passed over a checkpoint: {event['what']}")
 
     config, block = arguments.config, arguments.block
     if arguments.ray is not None:
@@ -155,8 +157,10 @@ def run_blocks(arguments: BlockArguments, terminal: Terminal) -> int:
             f"block {each.block} is {each.status} after {each.updates} updates, in "
             f"{each.directory}" + (f"; held out: {numbers}" if numbers else "")
         )
-    if all(each.status == "finished" for each in done):
-        terminal.say(f"when all are there: shoestring merge {shlex.quote(config.run.directory)}")
+    is_whole = block is not None or len(done) == config.blockwise.blocks
+    if is_whole and all(each.status == "finished" for each in done):
+        when = "when all are there" if block is not None else "all are there"
+        terminal.say(f"{when}: shoestring merge {shlex.quote(config.run.directory)}")
         return 0
     terminal.say("the same command goes on with it")
     return 130

@@ -452,6 +452,12 @@ class RunConfig:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "RunConfig":
         """The run described by a TOML file. ConfigError for anything that cannot be used."""
+        toml.refuse(
+            Path(path),
+            "blockwise",
+            "is a run of blocks, which is not planned or resumed",
+            "shoestring train goes on with what was begun, and merge puts it together.",
+        )
         return toml.read(Path(path), cls)
 
     def to_toml(self) -> str:

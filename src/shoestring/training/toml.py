@@ -37,6 +37,16 @@ def read(path: Path, kind: type[T]) -> T:
         ) from None
 
 
+def refuse(path: Path, table: str, what: str, hint: str) -> None:
+    """ConfigError for a file that has this table; one that cannot be read is left to `read`."""
+    try:
+        has_it = table in tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if has_it:
+        raise ConfigError(f"{path} {what}", expected=f"a run without [{table}]", hint=hint)
+
+
 def from_table(table: dict[str, object], kind: type[T], prefix: str = "") -> T:
     """A dataclass out of a parsed table; `prefix` is the dotted path so far, for messages."""
     hints = typing.get_type_hints(kind)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from shoestring.models.dit import DiT
 from shoestring.training.blockwise import job, task
 from shoestring.training.blockwise.every import train_every_block
 from shoestring.training.blockwise.job import train_block
+from shoestring.training.blockwise.merging import merge
 from shoestring.training.snapshot import MODEL, OPTIMIZER
 
 from .conftest import bars, changed, elsewhere
@@ -159,6 +161,66 @@ def test_an_interrupted_block_saves_and_says_so(monkeypatch, images):
         done = train_block(images, 2)
     assert (done.status, done.updates) == ("interrupted", 3)
     assert train_block(images, 2).status == "finished"
+
+
+@pytest.mark.parametrize("turn", [0, 2])
+@pytest.mark.parametrize("event", ["step", "checkpoint"])
+def test_an_interruption_in_the_last_update_of_a_turn_stops_the_run(images, turn, event):
+    """Planted: only a signal before the last update was heeded, and the next block began."""
+    asked = []
+
+    def interrupt(told):
+        if told["event"] == event and told["step"] == (turn or 6) and not asked:
+            asked.append(told["block"])
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = changed(images, run={"turn": turn, "save_every": 0})
+    done = train_every_block(run, progress=interrupt)
+    assert asked == [1]
+    assert [(each.block, each.updates) for each in done] == [(1, turn or 6)]
+    assert done[0].status == ("interrupted" if turn else "finished")
+    assert [each.status for each in train_every_block(run)] == ["finished"] * 2
+
+
+def test_turns_that_were_made_are_not_made_again(images):
+    run, begun = changed(images, run={"turn": 2}), []
+    train_every_block(run)
+    train_every_block(
+        run, progress=lambda told: begun.append(told["block"]) if told["event"] == "begin" else None
+    )
+    assert begun == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "name"),
+    [
+        ("run", {"seed": 9}, "run.seed"),
+        ("data", {"batch_size": 3}, "data.batch_size"),
+        ("optim", {"lr": 0.5}, "optim.lr"),
+        ("schedule", {"warmup_share": 0.5}, "schedule.warmup_share"),
+    ],
+)
+def test_an_unfinished_block_does_not_go_on_with_other_updates(images, section, values, name):
+    train_block(images, 1, until=2)
+    with pytest.raises(ConfigError, match=name):
+        train_block(changed(images, **{section: values}), 1)
+
+
+def test_fewer_updates_than_were_made_are_refused(images):
+    train_block(images, 1)
+    with pytest.raises(ConfigError, match="has made 6"):
+        train_block(changed(images, run={"steps": 4}), 1)
+
+
+def test_a_checkpoint_that_was_passed_over_is_told(images, capsys):
+    train_block(images, 1)
+    newest = Path(images.run.directory) / "block-1" / "checkpoints" / "step-6"
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"4 of its 6 updates; newer, and damaged: .*step-6"):
+        merge([images.run.directory])
+    told = []
+    train_block(images, 1, progress=told.append)
+    assert "step-6" in next(each for each in told if each["event"] == "skipped")["what"]
 
 
 def test_a_finished_block_is_left_as_it_is_and_replaced_when_asked(images):

@@ -9,9 +9,9 @@ import dataclasses
 import gc
 from pathlib import Path
 
-from ...checkpoint import Lock
+from ...checkpoint import Lock, Store
 from .config import BlockwiseConfig
-from .job import Progress, Trained, remove, train_block
+from .job import Progress, Trained, folder_of, newest, remove, train_block
 from .task import task_of
 
 
@@ -26,13 +26,23 @@ def train_every_block(
     task = task_of(config)
     config = cleared(config)
     ended: dict[int, Trained] = {}
+    blocks = range(1, config.blockwise.blocks + 1)
+    made = {block: _made(config, block) for block in blocks}
     for until in turns(config):
-        for block in range(1, config.blockwise.blocks + 1):
+        for block in blocks:
+            if until <= made[block] and until < config.updates:
+                continue  # a turn of an earlier time
             ended[block] = train_block(config, block, task=task, until=until, progress=progress)
             gc.collect()  # the block that just ended, before the next one is made
-            if ended[block].status == "interrupted":
+            if ended[block].asked:
                 return list(ended.values())
     return list(ended.values())
+
+
+def _made(config: BlockwiseConfig, block: int) -> int:
+    """Updates that a block has made by its newest good checkpoint."""
+    found, _ = newest(Store(folder_of(Path(config.run.directory), block) / "checkpoints"))
+    return found.step if found else 0
 
 
 def turns(config: BlockwiseConfig) -> list[int]:

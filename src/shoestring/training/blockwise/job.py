@@ -45,13 +45,15 @@ LINES = 200
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """How a job ended: finished, paused (its turn was over) or interrupted."""
+    """How a job ended: finished, paused (its turn was over) or interrupted. asked: whether it was
+    asked to stop, which a block that had made its last update cannot show otherwise."""
 
     directory: Path
     block: int
     updates: int
     status: str
     receipt: dict[str, Any]
+    asked: bool = False
 
 
 def train_block(
@@ -83,7 +85,8 @@ def train_block(
                 job.save()
         if job.updates > job.saved:
             job.save()
-        return job.end(interrupted=interruption.asked and job.updates < last)
+        done = job.end(interrupted=interruption.asked and job.updates < config.updates)
+        return dataclasses.replace(done, asked=interruption.asked)
 
 
 def _check_block(config: BlockwiseConfig, block: int) -> None:
@@ -131,7 +134,9 @@ class Job:
         if self.config.run.replace:
             remove(self.directory)
         self.store.sweep()
-        found = newest(self.store)
+        found, wrong = newest(self.store)
+        for each in wrong:
+            self.tell("skipped", what=each)
         self.identity = self.task.identity()
         facts = found.json(STATE) if found else None
         chained = found is not None and found.step > self.config.run.steps
@@ -140,6 +145,7 @@ class Job:
             assert found is not None
             check_same(self.identity, facts, f"when {found.path} was saved")
             self._check_before(facts)
+            self._check_goes_on(found, facts)
         self.model = fresh(self.task, self.block, self.world.device)
         self.net = self.model.block(self.block)
         make = optimizer_factory(self.config.optim, self.world.device)
@@ -180,6 +186,17 @@ class Job:
                 expected="the blocks that it was trained on",
                 hint="Train it again: run.replace with --block.",
             )
+
+    def _check_goes_on(self, found: Checkpoint, facts: dict[str, Any]) -> None:
+        """ConfigError for fewer updates than were made, and for further ones with other draws."""
+        if found.step > self.config.updates:
+            raise ConfigError(
+                f"{self.config.updates} updates of block {self.block}, which has made {found.step}",
+                expected=f"{found.step} or more", hint="run.replace starts it anew.",
+            )  # fmt: skip
+        if found.step < self.config.updates and "training" in facts:
+            there = {"identity": facts["training"]}
+            check_same(training_of(self.config), there, f"when {found.path} was saved")
 
     def begin_chain(self) -> None:
         """What updates along the chain need. ConfigError where the block before is not finished;
@@ -248,6 +265,7 @@ class Job:
             self.net, self.optimizer, self.world,
             block=self.block, step=self.updates, steps=self.config.updates,
             before=self.before, identity=self.identity, seed=self.config.run.seed,
+            training=training_of(self.config),
             seconds=self.seconds, peak=self.peak,
         )  # fmt: skip
         texts = {**snapshot.texts(), "config.toml": self.config.to_toml()}
@@ -278,7 +296,7 @@ class Job:
         return Trained(self.directory, self.block, self.updates, status, receipt)
 
     def _hand_over(self) -> None:
-        found = newest(self.store)
+        found, _ = newest(self.store)
         assert found is not None
         of = stands_on(self.before, file_digest(found.path, MODEL))
         self.task.hand_over(self.net, self.block, of)
@@ -306,8 +324,9 @@ def folder_of(directory: Path, block: int) -> Path:
     return directory / f"block-{block}"
 
 
-def newest(store: Store) -> Checkpoint | None:
-    """The newest good checkpoint, None where none was ever written.
+def newest(store: Store) -> tuple[Checkpoint | None, list[str]]:
+    """(The newest good checkpoint, None where none was ever written; what is wrong with those
+    passed over.)
 
     CheckpointError where there are some and none is good, and for one of anything but a block.
     """
@@ -322,7 +341,21 @@ def newest(store: Store) -> Checkpoint | None:
         raise CheckpointError(
             f"{found.path} is not of a block", expected="a checkpoint of block-wise training"
         )
-    return found
+    return found, wrong
+
+
+def training_of(config: BlockwiseConfig) -> dict[str, Any]:
+    """What decides the updates of a block and its identity does not have: an unfinished block goes
+    on with it only. How many updates there are may change, and how layers are run."""
+    beside = ("chain_steps", "chain_rate", "within", "table", "context")
+    blockwise = dataclasses.asdict(config.blockwise)
+    return {
+        "run.seed": config.run.seed,
+        "data.batch_size": config.data.batch_size,
+        "optim": dataclasses.asdict(config.optim),
+        "schedule": dataclasses.asdict(config.schedule),
+        "blockwise": {name: v for name, v in blockwise.items() if name not in beside},
+    }
 
 
 def check_same(

@@ -145,6 +145,8 @@ def _all_blocks(paths: Sequence[Path]) -> list[Found]:
             )
         for folder in folders:
             each = _read(folder)
+            if each.block in found and found[each.block].directory.samefile(folder):
+                continue
             if each.block in found:
                 raise ConfigError(
                     f"block {each.block} is there twice: in {found[each.block].directory} and in "
@@ -162,7 +164,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _read(folder: Path) -> Found:
-    saved = newest(Store(folder / "checkpoints"))
+    saved, wrong = newest(Store(folder / "checkpoints"))
     if saved is None:
         raise CheckpointError(f"{folder} holds no checkpoint", expected="a trained block")
     facts = saved.json(STATE)
@@ -176,7 +178,8 @@ def _read(folder: Path) -> Found:
     if facts["step"] < facts["steps"]:
         raise ConfigError(
             f"block {facts['block']} in {folder} has made {facts['step']} of its "
-            f"{facts['steps']} updates",
+            f"{facts['steps']} updates"
+            + "".join(f"; newer, and damaged: {each}" for each in wrong),
             expected="blocks that are finished",
             hint=f"shoestring train {folder / 'config.toml'} --block {facts['block']} goes on.",
         )

@@ -71,6 +71,8 @@ def sample_images(
     highest if not given.  ConfigError for classes that there are not, or where there are none.
     """
     objective, shape = _images(merged), merged.model.config
+    if count < 1:
+        raise ConfigError(f"{count} images", expected="1 or more")
     labels_N = _labels(labels, count, shape.classes)
     grid = merged.partition.grid(steps, first=first)
     noise = torch.randn(
@@ -188,7 +190,18 @@ def losses_at(
     seed: int = 0,
 ) -> list[float]:
     """Mean loss of held-out images at each of some levels, each answered by its owner."""
-    objective = _images(merged)
+    objective, shape = _images(merged), merged.model.config
+    wanted = (shape.channels, shape.tall, shape.size)
+    if tuple(images.shape[1:]) != wanted:
+        raise ConfigError(f"images of shape {tuple(images.shape)}", expected=f"(N, *{wanted})")
+    if (
+        labels_N is not None
+        and not 0 <= int(labels_N.min()) <= int(labels_N.max()) <= shape.classes
+    ):
+        raise ConfigError(
+            f"classes {int(labels_N.min())} to {int(labels_N.max())}",
+            expected=f"0 to {shape.classes - 1}, or {shape.classes} for none",
+        )
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     found = []
     for level in levels_K:
@@ -206,6 +219,8 @@ def bits_per_character(
     character. An upper bound on the true number, estimated with `draws` levels a text and block."""
     objective, table = _masked(merged), merged.model.table
     assert table is not None
+    if draws < 1:
+        raise ConfigError(f"{draws} draws", expected="1 or more")
     parts = []
     for block in range(1, merged.partition.blocks + 1):
         nats = objective.nelbo(
@@ -262,9 +277,11 @@ def _started(objective: Denoise, noise: Tensor, first: float) -> Tensor:
 def _labels(labels: Sequence[int] | None, count: int, classes: int) -> Tensor | None:
     if labels is None:
         return None
-    if len(labels) != count or not all(0 <= each < classes for each in labels):
+    strange = sorted({each for each in labels if not 0 <= each < classes})
+    if len(labels) != count or strange:
+        what = f"class {strange[0]}" if strange else f"{len(labels)} classes"
         raise ConfigError(
-            f"classes {list(labels)[:8]} for {count} images",
+            f"{what} for {count} images",
             expected=f"{count} of 0 to {classes - 1}" if classes else "none: the model has none",
         )
     return torch.tensor(labels, dtype=torch.int64)
