@@ -70,11 +70,13 @@ SEQUENTIAL: Settings = {**INFORMATIVE, "sequential": True, "top_blocks": "all"}
 EACH: Settings = {**INFORMATIVE, "top_share": 0.5, "top_blocks": "all"}
 CHAIN: Settings = {"chain_steps": 1 / 3}  # a share of the updates
 END, SHORT, GREEDY = "end to end, 6 layers", "end to end, 2 layers", "greedy, 2 layers at a time"
+LONG = f"{SHORT}, four times as long"  # as 3 blocks with a third more updates each
 CONTROL = "informative levels, as many more updates, no chain"
 # after: the arm whose finished blocks are gone on with
 ARMS: dict[str, Settings] = {
     END: {},
     SHORT: {},
+    LONG: {},
     GREEDY: {"sequential": True},
     "the paper's levels": {},
     "informative levels": INFORMATIVE,
@@ -244,9 +246,9 @@ def encoder_of(seed: int, steps: int, folder: Path) -> str:
 def row_of(arm: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     settings = dict(ARMS[arm])
     into = folder_of(arm, seed, folder)
-    if arm in (END, SHORT):
-        layers = 6 if arm == END else 2
-        return without_noise(config_of({"blocks": 1}, layers, seed, steps, into))
+    if arm in (END, SHORT, LONG):
+        layers, times = 6 if arm == END else 2, 4 if arm == LONG else 1
+        return without_noise(config_of({"blocks": 1}, layers, seed, times * steps, into))
     if arm == GREEDY:
         return without_noise(config_of(settings, 6, seed, steps, into))
     if "after" in settings:
@@ -279,7 +281,7 @@ def table_of(result: dict[str, Any]) -> str:
         columns = ([row[name] for row in rows.values() if name in row] for name in COLUMNS)
         cells = [spread(values) if values else "" for values in columns]
         peak = max(row["peak"] for row in rows.values()) / 2**20
-        name = arm if arm in (END, SHORT, GREEDY) else f"3 blocks, {arm}"
+        name = arm if arm in (END, SHORT, LONG, GREEDY) else f"3 blocks, {arm}"
         lines.append(f"| {' | '.join([name, str(len(rows)), *cells, f'{peak:.1f}'])} |")
     config, hardware = result["config"], result["hardware"]
     lines += ["", f"{config['steps']:,} updates of {config['batch']} (a third more along the "

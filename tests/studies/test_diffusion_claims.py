@@ -175,8 +175,8 @@ def test_a_front_asks_for_three_seeds_of_every_number_of_blocks():
                 for row in arm(f"{count} blocks", [1.0] * of)]  # fmt: skip
         return [each.status for each in claims.bars({"rows": rows}) if "front" in each.bar]
 
-    assert status(3, 3, 3) == ["met"]
-    assert status(3, 1, 3) == ["missed"]
+    assert status(3, 3, 3) == ["measured"]
+    assert status(3, 1, 3) == ["not all seeds"]
     assert status(3, 0, 3) == []
 
 

@@ -5,7 +5,7 @@ A claim is decided by a rule that stands here with its numbers. "Better" is lowe
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..verdict import HELD, NOT, ONLY, UNKNOWN, Spread, Verdict, of_all
@@ -22,9 +22,16 @@ READ = 0.01  # share by which an answer has to get worse
 
 
 def verdicts(result: Mapping[str, Any]) -> list[Verdict]:
-    """Of every claim."""
+    """Of every claim; of the tiny form, which only shows that it runs, none is decided."""
     rows = Rows(result)
-    return [each(rows) for each in _CLAIMS]
+    judged = [each(rows) for each in _CLAIMS]
+    if _is_tiny(result):
+        return [replace(each, verdict=UNKNOWN) for each in judged]
+    return judged
+
+
+def _is_tiny(result: Mapping[str, Any]) -> bool:
+    return bool(result.get("size", {}).get("name") == "tiny")
 
 
 def _equal_updates(rows: Rows) -> Verdict:
@@ -196,11 +203,16 @@ def _front(rows: Rows) -> Verdict:
             if not plain or not peak or not all(ratios):
                 continue
             means = [ratio.mean for ratio in ratios if ratio]
-            said.append(f"{name} " + " and ".join(f"{mean:.3f}" for mean in means))
+            numbers = ", ".join(
+                f"{measure.name} {mean:.3f}" for measure, mean in zip(measures, means, strict=True)
+            )
+            said.append(
+                f"{name}: {numbers}, its peak {peak.mean / plain.mean:.2f} of recomputing's"
+            )
             if max(means) <= 1 and peak.high < plain.low:
                 good.add(part)
         if said:
-            cases[part] = f"{part}: {', '.join(said)} of end to end"
+            cases[part] = f"{part}, of end to end: {'; '.join(said)}"
     return Verdict(
         "Some number of blocks is no worse than end to end and takes less memory than recomputing.",
         "the front of quality and memory, measured here",
@@ -257,7 +269,7 @@ def bars(result: Mapping[str, Any]) -> list[Bar]:
         if all(seeds):
             found.append(Bar(
                 f"2, 3 and 4 blocks: {measure.name} and peak", "the front, of three seeds",
-                f"{min(seeds)} seed(s)", _met(min(seeds) >= SEEDS),
+                f"{min(seeds)} seed(s)", "measured" if min(seeds) >= SEEDS else "not all seeds",
                 rows.best(measure.part, measure.key, names) or "",
             ))  # fmt: skip
     return found
@@ -272,6 +284,10 @@ def _met(is_met: bool) -> str:
 
 def wrong_tool(result: Mapping[str, Any]) -> list[str]:
     """Sentences made of the numbers: where something else does better, and what."""
+    if _is_tiny(result):
+        return [
+            "This is the tiny form: it shows that the study runs, and its numbers mean nothing."
+        ]
     rows = Rows(result)
     said = [
         *_one_machine(rows), *_work_is_fixed(rows), *_only_activations(rows),

@@ -34,6 +34,5 @@ def shown(result: Mapping[str, Any]) -> Shown:
                 cells += [f"{mean.mean:.4g}" if mean and is_there else "",
                           f"{ratio.mean:.3f}" if ratio and is_there else ""]  # fmt: skip
             found.append(cells)
-    for part, why in result.get("left_out", {}).items():
-        found.append([f"{part} was left out", why, *[""] * 4])
-    return Shown(heads, found, ["", *wrong_tool(result)])
+    left_out = [f"left out: {part}; {why}" for part, why in result.get("left_out", {}).items()]
+    return Shown(heads, found, ["", *left_out, *wrong_tool(result)])
