@@ -98,7 +98,7 @@ def _takes_value(word: str, kinds: Mapping[str, Any]) -> bool:
 def _kinds() -> dict[str, Any]:
     """What each flag of a setting is made of."""
     found: dict[str, Any] = {}
-    for section in fields(RunConfig):
+    for section in (*fields(BlockwiseConfig), *fields(RunConfig)):
         for each in fields(cast(Any, section.type)):
             name = each.name.replace("_", "-")
             for flag in {f"--{section.name}.{name}", f"--{section.name}.{each.name}"}:

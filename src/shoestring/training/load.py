@@ -36,6 +36,11 @@ def load(run_or_model_dir: str | Path) -> tuple[PreTrainedModel, Any]:
         return load_model(run_or_model_dir), load_tokenizer(run_or_model_dir)
     directory = model_directory(Path(run_or_model_dir))
     verify(directory)
+    if (directory / "model.json").is_file() and not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"{directory} is a model of merged blocks", expected="a language model",
+            hint="shoestring sample draws from it.",
+        )  # fmt: skip
     model = load_model(directory)
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return model, None

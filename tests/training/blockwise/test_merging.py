@@ -232,6 +232,17 @@ def test_settings_that_cannot_be_used_are_bad_usage(images, folder, capsys, args
     assert not (folder / "run" / "block-1" / "checkpoints").exists()
 
 
+def test_a_flag_of_blocks_that_is_no_more_than_a_name_leaves_the_file_alone(images, folder, capsys):
+    code, line = call(capsys, "train", "--blockwise.quiet-start", folder / "blocks.toml")
+    assert code == 2
+    assert "quiet_start" in line["error"]["message"]  # of labels only
+
+
+def test_a_block_that_is_named_twice_is_taken_once(images):
+    train_every_block(images)
+    assert merge([f"{images.run.directory}/block-1", images.run.directory]).is_dir()
+
+
 def test_a_block_of_a_run_without_blocks_is_bad_usage(folder, capsys):
     (folder / "plain.toml").write_text("[run]\nsteps = 1\n")
     code, line = call(capsys, "train", folder / "plain.toml", "--block", "1")
@@ -301,6 +312,16 @@ def test_images_that_are_drawn_show_their_class(images, objective):
     drawn = sample_images(merged, 30, labels=labels, steps=20, guidance=1.5)
     columns = drawn[:, 0].mean(dim=1)[:, :6].view(30, 3, 2).mean(dim=2)
     assert (columns.argmax(dim=1) == torch.tensor(labels)).double().mean() > 0.9
+
+
+def test_images_and_classes_that_do_not_fit_are_refused(merged, images):
+    shown, labels = task.read_pictures(images.data.source, 0.1)[1].batch(torch.arange(8))
+    with pytest.raises(ConfigError, match=r"images of shape \(8, 1, 8, 7\)"):
+        losses_at(merged, shown[..., :7], labels, [0.5])
+    with pytest.raises(ConfigError, match=r"class 99; expected 0 to 2, or 3 for none"):
+        losses_at(merged, shown, labels.clamp(0, 0) + 99, [0.5])
+    with pytest.raises(ConfigError, match="0 images"):
+        sample_images(merged, 0)
 
 
 def test_losses_are_of_the_owner_of_each_level(merged, images):

@@ -91,7 +91,8 @@ def test_texts_of_a_run_are_drawn_from_the_command_line(text, capsys):
         (["--count", "0"], "--count 0 cannot be used"),
         (["--guidance", "-1"], "--guidance -1.0 cannot be used"),
         (["--steps", "1"], "2 or more"),
-        (["--labels", "3"], "3 of 0 to 2"),
+        (["--labels", "1", "3"], "class 3 for 3 images; expected 3 of 0 to 2"),
+        (["--guidance", "2"], "--guidance without --labels"),
         (["--temperature", "0.5"], "draws images; expected it for texts only"),
         (["--to", "{folder}/none/x.png"], "none"),
     ],
@@ -107,6 +108,20 @@ def test_what_cannot_be_drawn_is_told(images, folder, capsys, flags, message):
 
 def test_a_run_that_was_not_merged_is_not_drawn_from(images, capsys):
     train_every_block(images)
-    code, line = call(capsys, "sample", images.run.directory)
-    assert code == 2
-    assert "have not been merged" in line["error"]["message"]
+    for place in (images.run.directory, f"{images.run.directory}/block-1"):
+        code, line = call(capsys, "sample", place)
+        assert code == 2
+        assert "have not been merged" in line["error"]["message"]
+        assert f"shoestring merge {images.run.directory} " in line["error"]["message"]
+
+
+def test_other_verbs_say_what_a_run_of_blocks_is(images, folder, capsys):
+    train_every_block(images)
+    model = merge([images.run.directory])
+    for args, message in (
+        (("generate", model), "shoestring sample draws from it"),
+        (("plan", folder / "blocks.toml"), "is a run of blocks"),
+    ):
+        code, line = call(capsys, *args)
+        assert code == 2
+        assert message in line["error"]["message"]

@@ -204,13 +204,16 @@ class Answers(Task):
         clean = denoised(self.objective.logits(net, z, level, seen), self.table)
         return euler_step(z, clean, level, torch.full_like(level, low))
 
+    def hands_over(self, block: int) -> bool:
+        """The last block has none after it."""
+        settings = self.config.blockwise
+        return block < self.parts.blocks and bool(settings.sequential or settings.chain_steps)
+
     @torch.no_grad()
     def hand_over(self, net: Denoiser, block: int, of: str) -> None:
         """Rows of every image and where the chain is, for the next block."""
         settings = self.config.blockwise
         place = folder_of(Path(self.config.run.directory), block) / _FOLDER
-        if block == self.parts.blocks or not (settings.sequential or settings.chain_steps):
-            return
         there = read_handed(place)
         if there is not None and there.of == of:
             return

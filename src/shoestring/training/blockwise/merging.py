@@ -322,9 +322,10 @@ def load_merged(path: str | Path, *, device: torch.device | str = "cpu") -> Merg
     place = path if (path / FACTS).is_file() else path / "model"
     if not (place / FACTS).is_file():
         if _folders(path):
+            run = path.parent if (path / "checkpoints").is_dir() else path
             raise ConfigError(
-                f"the blocks of {path} have not been merged", expected="one model",
-                hint=f"shoestring merge {path} puts them together.",
+                f"the blocks of {run} have not been merged", expected="one model",
+                hint=f"shoestring merge {run} puts them together.",
             )  # fmt: skip
         raise CheckpointError(f"{path} holds no merged model", expected="what merge wrote")
     if not verify(place):

@@ -67,6 +67,10 @@ class Task(ABC):
     def begin_files(self, directory: Path) -> None:  # noqa: B027
         """What merging needs of the task beside the table, into the block's folder."""
 
+    def hands_over(self, block: int) -> bool:
+        """Whether others need something of that block when it is finished."""
+        return False
+
     def hand_over(self, net: Denoiser, block: int, of: str) -> None:  # noqa: B027
         """Leave in the finished block's folder what others need of it; `of`: its name."""
 
