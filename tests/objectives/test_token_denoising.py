@@ -280,3 +280,11 @@ def test_what_z_says_and_what_is_foreseen_are_put_together_by_bayes_rule():
 def test_levels_that_are_no_sigma_are_refused():
     with pytest.raises(ConfigError, match="levels of kind sigma"):
         TokenDenoising(partition=partition(MaskTime(), 2))
+
+
+def test_d_is_the_mean_row_and_as_long_as_a_row_where_nothing_is_doubted():
+    """Planted: another table between the steps than in training."""
+    sure = torch.full((3, V), -1e4)
+    sure[torch.arange(3), torch.tensor([5, 0, 9])] = 0.0
+    torch.testing.assert_close(ops.denoised(sure, TABLE), TABLE[[5, 0, 9]])
+    torch.testing.assert_close(ops.denoised(torch.zeros(1, V), TABLE)[0], TABLE.mean(dim=0))

@@ -194,12 +194,11 @@ def losses_at(
     wanted = (shape.channels, shape.tall, shape.size)
     if tuple(images.shape[1:]) != wanted:
         raise ConfigError(f"images of shape {tuple(images.shape)}", expected=f"(N, *{wanted})")
-    if (
-        labels_N is not None
-        and not 0 <= int(labels_N.min()) <= int(labels_N.max()) <= shape.classes
-    ):
+    classes = [] if labels_N is None else labels_N.tolist()
+    strange = [each for each in classes if not 0 <= each <= shape.classes]
+    if strange:
         raise ConfigError(
-            f"classes {int(labels_N.min())} to {int(labels_N.max())}",
+            f"class {strange[0]}",
             expected=f"0 to {shape.classes - 1}, or {shape.classes} for none",
         )
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
