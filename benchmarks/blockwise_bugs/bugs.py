@@ -114,9 +114,9 @@ BUGS = [
         "kept = self.read(self.rows(tokens_NT, table_VW) * noise_N[:, None, None].exp())",
         OF_CAUSAL),
     Bug("scales of clean rows", "clean rows that hear the noise", CAUSAL,
-        "condition: Tensor = self.condition(torch.full((1,), CLEAN, device=x.device), None)",
-        "condition: Tensor = self.condition(torch.full((1,), self._clean.__hash__() % 7 * 1.0, "
-        "device=x.device) * x.detach().mean(), None)", OF_CAUSAL),
+        "kept = self.read(self.rows(tokens_NT, table_VW))",
+        "kept = self.read(self.rows(tokens_NT, table_VW) + "
+        "self.condition(noise_N, None).mean(dim=1)[:, None, None])", OF_CAUSAL),
     Bug("levels of a batch", "one level for all samples", LEVELS,
         "u = torch.rand(1 if even else count, generator=generator, **kind)",
         "u = torch.rand(1, generator=generator, **kind).expand(1 if even else count)", OF_LEVELS),

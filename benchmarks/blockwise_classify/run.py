@@ -53,8 +53,8 @@ from shoestring.training.blockwise.config import (
 from shoestring.training.blockwise.every import train_every_block
 from shoestring.training.blockwise.merging import load_merged, merge
 from shoestring.training.blockwise.sampling import Read, classify
-from shoestring.training.blockwise.task import generator_of
 from shoestring.training.config import OptimConfig, ScheduleConfig
+from shoestring.training.draws import generator_of
 from shoestring.training.optimizer import clip_, gradient_norm, optimizer_factory, set_learning_rate
 from shoestring.training.receipt import environment
 from shoestring.training.schedule import learning_rate

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 from data import write_digits
-from shoestring.objectives.masked_diffusion import MaskedDiffusion, bits_per_token
-from shoestring.ops.noise_levels import MaskTime, partition
+from shoestring.studies.diffusion_blocks.scores import bits_by_share
 from shoestring.training.blockwise.config import (
     BlockDataConfig,
     BlockRunConfig,
@@ -102,23 +101,11 @@ def trained(config: BlockwiseConfig) -> tuple[Merged, dict[str, Any]]:
     return load_merged(merge([config.run.directory])), facts
 
 
-@torch.no_grad()
 def text_numbers(merged: Merged, task: Texts, *, texts: int, draws: int) -> dict[str, Any]:
-    """Bits per character of the bound, in parts of equal masked share, the most masked first. The
-    parts are the same for every arm, whoever answers them."""
-    objective = MaskedDiffusion(partition=partition(MaskTime(), PARTS))
+    """Bits per character of the bound, in parts of equal masked share, the most masked first."""
     rows = task.held_out.rows(TOKENS)
     rows = rows[torch.linspace(0, len(rows) - 1, texts).long()]
-    tokens = task.held_out.batch(rows, TOKENS)
-    table = merged.model.table
-    assert table is not None
-    bits = []
-    for part in range(1, PARTS + 1):
-        middle = torch.tensor(1 - (part - 0.5) / PARTS, dtype=torch.float64)
-        net = merged.model.block(int(merged.partition.route(middle)))
-        draw = torch.Generator().manual_seed(part)
-        nats = objective.nelbo(net, part, tokens, table, draw, draws=draws)
-        bits.append(bits_per_token(nats, TOKENS))
+    bits = bits_by_share(merged, task.held_out.batch(rows, TOKENS), draws, shares=PARTS)
     return {"score": sum(bits), "parts": bits}
 
 

@@ -44,9 +44,10 @@ from shoestring.training.blockwise.config import (
 from shoestring.training.blockwise.decoding import Chain, next_token_bits, write_on, write_plainly
 from shoestring.training.blockwise.job import train_block
 from shoestring.training.blockwise.merging import Merged, load_merged, merge
-from shoestring.training.blockwise.task import Denoiser, generator_of
+from shoestring.training.blockwise.task import Denoiser
 from shoestring.training.blockwise.tokens import Tokens, losses_of
 from shoestring.training.config import OptimConfig
+from shoestring.training.draws import generator_of
 from shoestring.training.receipt import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,7 +81,7 @@ class Unrolled(Tokens):
 
     def step_loss(self, net: Denoiser, block: int, step: int, part: int) -> Tensor:
         assert isinstance(net, CausalBlock)
-        tokens = self._batch(generator_of(self.config.run.seed, block, step, part))
+        tokens = self.batch(generator_of(self.config.run.seed, block, step, part))
         hidden = net.unrolled(tokens, self.table, UNROLLED)
         return ops.nats(hidden, tokens, self.table).mean()
 

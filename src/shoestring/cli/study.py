@@ -23,7 +23,7 @@ class Arguments(Common):
     """Where result, models and page are kept; empty = runs/study-NAME. Run again, a study goes on
     where it was."""
     quick: FlagCreatePairsOff[bool] = False
-    """Two or three minutes instead of three quarters of an hour: fewer arms, one seed."""
+    """A few minutes instead of three quarters of an hour: fewer arms, one seed."""
     tiny: FlagCreatePairsOff[bool] = False
     """A few seconds, to see that it runs; its numbers mean nothing."""
     digits: str = ""

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.preconditioning import waves_of_level
 from .dit_config import DiTConfig
 
 # N samples, T tokens or patches, D width, C width of the condition
 
 FREQUENCIES = 128
-"""Of the sinusoids that a noise level becomes; a power of two apart, 1/4 to 64 in all."""
+"""Of the cosines, and of the sines, that a noise level becomes."""
 
 
 def waves_of(places: Tensor, width: int) -> Tensor:
@@ -104,9 +105,7 @@ class Condition(nn.Module):
         self.label = nn.Embedding(config.classes + 1, C) if config.classes else None
 
     def forward(self, noise_N: Tensor, labels_N: Tensor | None) -> Tensor:
-        place = torch.linspace(-2, 6, FREQUENCIES, device=noise_N.device)
-        angles = noise_N.float()[:, None] * torch.exp2(place)
-        waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.first.weight.dtype)
+        waves = waves_of_level(noise_N, FREQUENCIES).to(self.first.weight.dtype)
         condition = self.second(F.silu(self.first(waves)))
         if self.label is not None:
             if labels_N is None:

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, StackError, nearest_divisors
+from ..ops.preconditioning import waves_of_level
 from ..stack import Stack
 
 NAME = "denoising"
 """Of the scaffold, in the first layer of its block."""
 FREQUENCIES = 64
-"""Of the sinusoids that a noise level becomes, 1/4 to 64 in powers of two."""
+"""Of the cosines, and of the sines, that a noise level becomes."""
 
 Modulation = tuple[Tensor, Tensor, Tensor]
 """shift, scale and gate, each (N, 1, D)."""
@@ -49,9 +50,7 @@ class Scaffold(nn.Module):
 
     def forward(self, z_NSD: Tensor, noise_N: Tensor) -> tuple[Tensor, list[Modulation]]:
         """c_in z and c_noise -> rows (N, S, D), and one modulation a layer."""
-        place = torch.linspace(-2, 6, FREQUENCIES, device=noise_N.device)
-        angles = noise_N.float()[:, None] * torch.exp2(place)
-        waves = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        waves = waves_of_level(noise_N, FREQUENCIES)
         condition = F.silu(self.second(F.silu(self.first(waves))))
         parts = self.modulate(condition)[:, None].chunk(3 * self.layers, dim=-1)
         threes = [(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, len(parts), 3)]

@@ -80,6 +80,14 @@ def euler_step(z: Tensor, denoised: Tensor, level_N: Tensor, next_N: Tensor) -> 
     return a * z + (1 - a) * denoised
 
 
+def waves_of_level(noise_N: Tensor, count: int) -> Tensor:
+    """c_noise or a time as `count` cosines and as many sines, (N, 2 count) float32, of frequencies
+    from 1/4 to 64, a power of two apart in equal steps."""
+    place = torch.linspace(-2, 6, count, device=noise_N.device)
+    angles = noise_N.float()[:, None] * torch.exp2(place)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
 def spread(per_sample_N: Tensor, like: Tensor) -> Tensor:
     """(N,) as (N, 1, ...) in the dtype of what it multiplies. Never (N,) against (N, 1)."""
     if per_sample_N.dim() != 1 or len(per_sample_N) not in (1, len(like)):

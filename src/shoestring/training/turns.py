@@ -30,8 +30,8 @@ from ..planner.quick import QuickFakeMode
 from ..planner.ways import Way, apply_ways, optimizer_for
 from ..stack import Span, Stack
 from ..units import format_bytes
-from .blockwise.task import generator_of
 from .config import RunConfig
+from .draws import generator_of
 from .optimizer import OptimizerFactory
 from .prepare import precision
 from .step import LossFunction

@@ -254,7 +254,7 @@ def test_what_is_drawn_depends_on_the_seed_and_on_the_temperature(merged):
 
 def test_a_blocks_own_predictions_are_a_likelihood_and_its_receipts(merged):
     model, known = merged
-    texts = known._held_out_texts()
+    texts = torch.cat(list(known.held_out_batches()))
     for block in (1, 2):
         bits = next_token_bits(model, texts, [block])
         held_out = model.facts["blocks"][block - 1]["held_out"]

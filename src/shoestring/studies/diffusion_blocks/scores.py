@@ -10,6 +10,7 @@ the blocks own them.
 """
 
 import base64
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -122,14 +123,17 @@ def of_text(merged: Merged, task: Task, size: Size, ranges: int, *, keep: bool) 
     return found
 
 
-def bits_by_share(merged: Merged, tokens: Tensor, draws: int) -> list[float]:
-    """Bits a character of each of 12 equal shares of masked tokens, the most masked first."""
-    objective = MaskedDiffusion(partition=partition(MaskTime(), SHARES))
+def bits_by_share(
+    merged: Merged, tokens: Tensor, draws: int, *, shares: int = SHARES
+) -> list[float]:
+    """Bits a character of each of some equal shares of masked tokens, the most masked first; the
+    shares are the same for every model, whoever answers them."""
+    objective = MaskedDiffusion(partition=partition(MaskTime(), shares))
     table = merged.model.table
     assert table is not None
     bits = []
-    for share in range(1, SHARES + 1):
-        middle = torch.tensor(1 - (share - 0.5) / SHARES, dtype=torch.float64)
+    for share in range(1, shares + 1):
+        middle = torch.tensor(1 - (share - 0.5) / shares, dtype=torch.float64)
         net = merged.model.block(int(merged.partition.route(middle)))
         draw = torch.Generator().manual_seed(share)
         nats = objective.nelbo(net, share, tokens, table, draw, draws=draws)
@@ -154,5 +158,5 @@ def _context_read(
     for name, seen_ in (("right", tokens), ("other", tokens.roll(1, dims=0))):
         hidden = net(seen_, draw.masked, levels.float(), table)[draw.masked]
         nats = F.cross_entropy(hidden @ table.T, tokens[draw.masked])
-        found[name] = float(nats) / 0.6931471805599453
+        found[name] = float(nats) / math.log(2)
     return found

@@ -19,17 +19,18 @@ from torch import Tensor
 
 from ...checkpoint.tensors import InParts
 from ...errors import ConfigError, DataError
-from ...models.dit import Answering, DiT, unit_table
+from ...models.dit import Answering, DiT
 from ...models.dit_config import DiTConfig
 from ...models.wrapped import Wrapped
 from ...objectives.label_denoising import Draw, LabelDenoising, denoised, nearest_ref
 from ...ops.preconditioning import euler_step
+from ..draws import generator_of
 from .config import BlockwiseConfig
 from .encoder import CONTEXT, Encoder, cached_rows
 from .handed import Batches, Handed, read_handed, write_handed
 from .job import folder_of
 from .pictures import Pictures, read_pictures
-from .task import HELD_OUT, Denoiser, Task, generator_of, image_shape, parts_of, read_table
+from .task import HELD_OUT, Denoiser, Task, image_shape, parts_of, table_of
 
 CHAINS = 8
 """K: draws of z for every training image that a chain is followed with."""
@@ -54,11 +55,7 @@ class Answers(Task):
             raise DataError(
                 f"{data.source} has {classes} classes", expected="`labels` of 2 classes or more"
             )
-        self.table = (
-            read_table(Path(settings.table), classes)
-            if settings.table
-            else unit_table(classes, min(classes, config.model.hidden_size), seed=config.run.seed)
-        )
+        self.table = table_of(config, classes)
         self.parts = parts_of(settings, self.train, self.table)
         self.objective = LabelDenoising(
             partition=self.parts, top_share=settings.top_share,

@@ -27,8 +27,10 @@ def train_every_block(
     config = cleared(config)
     ended: dict[int, Trained] = {}
     blocks = range(1, config.blockwise.blocks + 1)
-    made = {block: _made(config, block) for block in blocks}
-    for until in turns(config):
+    found = turns(config)
+    # Where each block has one turn, there is none to pass over.
+    made = {block: _made(config, block) if len(found) > 1 else 0 for block in blocks}
+    for until in found:
         for block in blocks:
             if until <= made[block] and until < config.updates:
                 continue  # a turn of an earlier time

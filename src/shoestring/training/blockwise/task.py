@@ -25,6 +25,7 @@ from ...objectives import denoise, masked_diffusion
 from ...objectives.denoise import Denoise
 from ...objectives.masked_diffusion import MaskedDiffusion
 from ...ops.noise_levels import FlowTime, Law, LogNormal, MaskTime, Partition, partition
+from ..draws import generator_of
 from .config import BlocksConfig, BlockwiseConfig
 from .letters import VOCABULARY, read_letters
 from .pictures import Pictures, read_pictures
@@ -173,29 +174,55 @@ class Images(Task):
             yield part, generator_of(0, 0, number, 0)
 
 
-class Texts(Task):
-    """Masked diffusion of bytes."""
+class OfBytes(Task):
+    """Texts of bytes, and the frozen table of these."""
 
     device = torch.device("cpu")
+    table: Tensor
 
     def __init__(self, config: BlockwiseConfig) -> None:
         super().__init__(config)
-        data, settings, model = config.data, config.blockwise, config.model
+        data = config.data
         self.train, self.held_out = read_letters(data.source, data.held_out, data.sequence_length)
         self.data_digest = self.train.digest
-        self.parts = parts_of(settings)
-        self.objective = MaskedDiffusion(partition=self.parts, top_share=settings.top_share)
-        self.table = (
-            read_table(Path(settings.table), VOCABULARY)
-            if settings.table
-            else unit_table(VOCABULARY, min(VOCABULARY, model.hidden_size), seed=config.run.seed)
-        )
-        self.shape = DiTConfig(
-            blocks=settings.blocks, layers=model.num_hidden_layers, width=model.hidden_size,
-            heads=model.num_attention_heads, hidden=model.intermediate_size,
-            condition=model.condition_size, vocabulary=VOCABULARY, length=data.sequence_length,
-            table_width=self.table.shape[1],
+        self.parts = parts_of(config.blockwise)
+        self.table = table_of(config, VOCABULARY)
+
+    def text_shape(self) -> dict[str, Any]:
+        """What a network of texts has from the settings and from the table."""
+        model = self.config.model
+        return {
+            "blocks": self.config.blockwise.blocks, "layers": model.num_hidden_layers,
+            "width": model.hidden_size, "heads": model.num_attention_heads,
+            "hidden": model.intermediate_size, "condition": model.condition_size,
+            "vocabulary": VOCABULARY, "length": self.config.data.sequence_length,
+            "table_width": self.table.shape[1],
+        }  # fmt: skip
+
+    def batch(self, generator: torch.Generator) -> Tensor:
+        """Texts (N, T) to train on, drawn."""
+        length = self.config.data.sequence_length
+        starts = self.train.starts(self.config.data.batch_size, length, generator)
+        return self.train.batch(starts, length, self.device)
+
+    def held_out_batches(self) -> Iterator[Tensor]:
+        """Held-out texts (N, T), some of all places, the same ones every time."""
+        length = self.config.data.sequence_length
+        rows = self.held_out.rows(length)
+        rows = rows[torch.linspace(0, len(rows) - 1, min(HELD_OUT, len(rows))).long()]
+        for starts in rows.split(self.config.data.batch_size):
+            yield self.held_out.batch(starts, length, self.device)
+
+
+class Texts(OfBytes):
+    """Masked diffusion of bytes."""
+
+    def __init__(self, config: BlockwiseConfig) -> None:
+        super().__init__(config)
+        self.objective = MaskedDiffusion(
+            partition=self.parts, top_share=config.blockwise.top_share
         )  # fmt: skip
+        self.shape = DiTConfig(**self.text_shape())
 
     def objective_facts(self) -> dict[str, Any]:
         """Kind only: the masking is in the partition."""
@@ -203,23 +230,17 @@ class Texts(Task):
 
     def loss(self, net: Denoiser, block: int, generator: torch.Generator) -> Tensor:
         """See `MaskedDiffusion`."""
-        assert self.table is not None
-        length = self.config.data.sequence_length
-        starts = self.train.starts(self.config.data.batch_size, length, generator)
-        tokens = self.train.batch(starts, length, self.device)
+        tokens = self.batch(generator)
         draw = self.objective.draw(block, tokens, generator)
         return self.objective.loss(net, tokens, draw, self.table)
 
     def evaluate(self, net: Denoiser, block: int) -> dict[str, float]:
         """The block's part of the bound, in bits a byte. The parts of all blocks sum to it."""
-        assert self.table is not None
-        length, nats = self.config.data.sequence_length, []
-        rows = self.held_out.rows(length)
-        rows = rows[torch.linspace(0, len(rows) - 1, min(HELD_OUT, len(rows))).long()]
-        for number, starts in enumerate(rows.split(self.config.data.batch_size)):
-            tokens = self.held_out.batch(starts, length, self.device)
+        nats = []
+        for number, tokens in enumerate(self.held_out_batches()):
             generator = generator_of(0, 0, number, 0)
             nats.append(self.objective.nelbo(net, block, tokens, self.table, generator, draws=4))
+        length = self.config.data.sequence_length
         return {"bits per byte": masked_diffusion.bits_per_token(torch.cat(nats), length)}
 
 
@@ -274,19 +295,19 @@ def parts_of(
     return partition(law, settings.blocks, spacing=settings.spacing, overlap=settings.overlap)
 
 
-def generator_of(*numbers: int) -> torch.Generator:
-    """A generator on the CPU, seeded by a few numbers."""
-    text = "/".join(map(str, numbers)).encode()
-    seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
-    return torch.Generator().manual_seed(seed)
-
-
 def table_digest(table: Tensor) -> str:
     """SHA-256 of a table's shape and bytes."""
     values = table.detach().cpu().float().contiguous()
     digest = hashlib.sha256(repr(tuple(values.shape)).encode())
     digest.update(memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
+
+
+def table_of(config: BlockwiseConfig, rows: int) -> Tensor:
+    """The frozen table of `rows` targets that a run's settings name, or one drawn from its seed."""
+    if config.blockwise.table:
+        return read_table(Path(config.blockwise.table), rows)
+    return unit_table(rows, min(rows, config.model.hidden_size), seed=config.run.seed)
 
 
 def read_table(path: Path, rows: int) -> Tensor:

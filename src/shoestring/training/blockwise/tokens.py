@@ -2,7 +2,6 @@
 before it. Experimental: see docs/blockwise-text.md for what it can and cannot do."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,41 +9,27 @@ from torch import Tensor
 
 from ...models.causal import Causal, CausalBlock
 from ...models.causal_config import CausalConfig
-from ...models.dit import unit_table
 from ...objectives import token_denoising as ops
 from ...objectives.token_denoising import OWN_BITS, TokenDenoising
+from ..draws import generator_of
 from .config import BlockwiseConfig
-from .letters import VOCABULARY, read_letters
-from .task import HELD_OUT, Denoiser, Task, generator_of, parts_of, read_table
+from .task import Denoiser, OfBytes
 
 
-class Tokens(Task):
+class Tokens(OfBytes):
     """Denoising of the bytes that follow; every `mixed_every`-th update predicts them plainly."""
 
-    device = torch.device("cpu")
-    table: Tensor
     shape: CausalConfig
 
     def __init__(self, config: BlockwiseConfig) -> None:
         super().__init__(config)
-        data, settings, model = config.data, config.blockwise, config.model
-        self.train, self.held_out = read_letters(data.source, data.held_out, data.sequence_length)
-        self.data_digest = self.train.digest
-        self.parts = parts_of(settings)
+        settings, model = config.blockwise, config.model
         self.objective = TokenDenoising(
             partition=self.parts, top_share=settings.top_share, mixed_every=settings.mixed_every
         )
-        self.table = (
-            read_table(Path(settings.table), VOCABULARY)
-            if settings.table
-            else unit_table(VOCABULARY, min(VOCABULARY, model.hidden_size), seed=config.run.seed)
-        )
         self.shape = CausalConfig(
-            blocks=settings.blocks, layers=model.num_hidden_layers, width=model.hidden_size,
-            heads=model.num_attention_heads, hidden=model.intermediate_size,
-            condition=model.condition_size, vocabulary=VOCABULARY, length=data.sequence_length,
-            table_width=self.table.shape[1], beside=settings.beside,
-            prelude=model.prelude_layers, coda=model.coda_layers,
+            beside=settings.beside, prelude=model.prelude_layers, coda=model.coda_layers,
+            **self.text_shape(),
         )  # fmt: skip
 
     def objective_facts(self) -> dict[str, Any]:
@@ -64,20 +49,15 @@ class Tokens(Task):
         generator = generator_of(self.config.run.seed, block, step, part)
         if self.objective.is_ordinary(step):
             assert isinstance(net, CausalBlock)
-            return self.objective.ordinary_loss(net, self._batch(generator), self.table)
+            return self.objective.ordinary_loss(net, self.batch(generator), self.table)
         return self.loss(net, block, generator)
 
     def loss(self, net: Denoiser, block: int, generator: torch.Generator) -> Tensor:
         """See `TokenDenoising.loss`."""
         assert isinstance(net, CausalBlock)
-        tokens = self._batch(generator)
+        tokens = self.batch(generator)
         draw = self.objective.draw(block, tokens, self.table.shape[1], generator)
         return self.objective.loss(net, tokens, draw, self.table)
-
-    def _batch(self, generator: torch.Generator) -> Tensor:
-        length = self.config.data.sequence_length
-        starts = self.train.starts(self.config.data.batch_size, length, generator)
-        return self.train.batch(starts, length, self.device)
 
     @torch.no_grad()
     def evaluate(self, net: Denoiser, block: int) -> dict[str, float]:
@@ -90,7 +70,7 @@ class Tokens(Task):
         def note(name: str, values: Tensor) -> None:
             found.setdefault(name, []).append(values.flatten().double())
 
-        for number, tokens in enumerate(self._held_out_texts().split(self.config.data.batch_size)):
+        for number, tokens in enumerate(self.held_out_batches()):
             if self.objective.mixed_every:
                 foreseen = ops.nats(net.next_tokens(tokens, self.table), tokens, self.table)
                 note(OWN_BITS, foreseen / math.log(2))
@@ -104,12 +84,6 @@ class Tokens(Task):
                 top = ops.Draw(torch.full_like(draw.level, self.parts.law.high), draw.noise)
                 note("loss at the top", losses_of(plain, net, tokens, top, self.table)["loss"])
         return {name: float(torch.cat(values).mean()) for name, values in found.items()}
-
-    def _held_out_texts(self) -> Tensor:
-        length = self.config.data.sequence_length
-        rows = self.held_out.rows(length)
-        rows = rows[torch.linspace(0, len(rows) - 1, min(HELD_OUT, len(rows))).long()]
-        return self.held_out.batch(rows, length, self.device)
 
 
 def losses_of(
